@@ -1,0 +1,1 @@
+"""Rerankers that show their reasons."""

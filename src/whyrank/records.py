@@ -1,0 +1,146 @@
+"""The records that every stage reads and writes.
+
+Frozen slots dataclasses with the field names of ir_datasets and ir_measures. A record holds plain values
+only, knows nothing about files (see `store`) and is compared by value. Ids are always strings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+__all__ = [
+    "JUDGED_STATUSES",
+    "Document",
+    "Judgment",
+    "Mode",
+    "Pair",
+    "Qrel",
+    "Query",
+    "Relation",
+    "ScoredDocument",
+    "Status",
+]
+
+Mode = Literal["explain", "direct"]
+"""How a pair is judged: reason first and then label, or label at once."""
+
+Status = Literal["ok", "forced", "low_mass", "unparsed", "error"]
+"""What the answer was worth.
+
+`ok`: read as intended. `forced`: the explanation hit its cap; the label was still read. `low_mass`: the model
+put less than half of its probability on the labels. `unparsed`: no label could be read. `error`: no answer
+came. The last two have neither label nor score.
+"""
+
+JUDGED_STATUSES: frozenset[Status] = frozenset({"ok", "forced", "low_mass"})
+"""The statuses that carry a label and a score."""
+
+Relation = Literal["linked", "negative", "judged"]
+"""Why a pair exists: an answer links to the page, a hard negative was drawn, or a person judged it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What somebody asked, and the documents that must never be ranked for it (BRIGHT's `excluded_ids`)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    query_id: str
+    text: str
+    excluded_doc_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text that may help. `source` and `licence` say where it comes from and what it allows."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    doc_id: str
+    text: str
+    title: str = ""
+    source: str = ""
+    licence: str = ""
+
+    @property
+    def full_text(self) -> str:
+        """Title and text as the model and the index see them."""
+        return f"{self.title}\n{self.text}" if self.title else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Qrel:
+    """One relevance judgment of the collection; `relevance` is in the collection's own grades."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    query_id: str
+    doc_id: str
+    relevance: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredDocument:
+    """One line of a run. `rank` starts at 1; `score` decreases with it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    query_id: str
+    doc_id: str
+    rank: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A query and a document to be labelled, with the reason why they were put together.
+
+    `evidence` names what the relation rests on (for a link: the answer's post id); `relevance` is known only
+    for `judged` pairs.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    query_id: str
+    doc_id: str
+    relation: Relation
+    evidence: str = ""
+    relevance: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgment:
+    """What a model said about one pair, and everything needed to trust it or not.
+
+    `key` is the content address: template, model, sampling, mode, query text and document text. `score` is the
+    expected label in the units of the template's scale (float64), `label` the most probable one, `probs` the
+    distribution over the scale in its order (`None` where the backend cannot tell), `label_mass` the
+    unrestricted probability of all labels together. `passage` is the character span `[start, end)` of the
+    document's full text that the model was shown. `label` and `score` are `None` if and only if the status is
+    `unparsed` or `error`; then `unreadable` keeps the raw answer and `error` the exception, apart.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    key: str
+    query_id: str
+    doc_id: str
+    status: Status
+    mode: Mode
+    label: str | None
+    score: float | None
+    probs: tuple[float, ...] | None
+    label_mass: float | None
+    explanation: str
+    passage: tuple[int, int]
+    is_document_cut: bool
+    is_query_cut: bool
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    template: str
+    model: str
+    unreadable: str | None = None
+    error: str | None = None

@@ -1,0 +1,323 @@
+"""Streams of records on disk: read with line numbers, append without loss, publish atomically.
+
+A growing artefact is JSON lines, one record per line, appended and flushed; after a kill the torn last line is
+cut away before the next append, so that no record is lost, doubled or glued to another. A finished artefact is
+written beside its place and renamed into it. A `manifest.json` tells how a directory came to be.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Generic, Self, TextIO, TypeVar, cast
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from whyrank.errors import InputError
+
+__all__ = [
+    "BadLines",
+    "JsonlAppender",
+    "Manifest",
+    "atomic_path",
+    "content_key",
+    "open_binary",
+    "read_json",
+    "read_jsonl",
+    "read_lines",
+    "sha256_file",
+    "to_json",
+    "write_jsonl",
+]
+
+R = TypeVar("R")
+GZIP_MAGIC = b"\x1f\x8b"
+UTF8_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(slots=True)
+class BadLines:
+    """Counts the malformed lines that `--skip-bad` passed over, and keeps the first few messages."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+    max_examples: int = 5
+
+    def add(self, message: str) -> None:
+        """Count one line."""
+        self.count += 1
+        if len(self.examples) < self.max_examples:
+            self.examples.append(message)
+
+
+@contextmanager
+def open_binary(path: Path | str) -> Iterator[BinaryIO]:
+    """Open for reading; gzip is recognised by its first two bytes, `-` is standard input.
+
+    Raises:
+        InputError: the file does not exist or is a directory.
+    """
+    if str(path) == "-":
+        yield sys.stdin.buffer
+        return
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"expected a file at {path}, found {'a directory' if path.is_dir() else 'nothing'}")
+    with path.open("rb") as raw:
+        magic = raw.read(2)
+        raw.seek(0)
+        if magic == GZIP_MAGIC:
+            with gzip.open(raw, "rb") as unzipped:
+                yield cast(BinaryIO, unzipped)
+        else:
+            yield raw
+
+
+def read_lines(path: Path | str, *, bad: BadLines | None = None) -> Iterator[tuple[int, str]]:
+    """Yield `(line number, text)` of every line that is not blank; a UTF-8 BOM and CRLF are accepted.
+
+    Raises:
+        InputError: a line is not UTF-8 (counted instead where `bad` is given), or the gzip stream is damaged.
+    """
+    try:
+        with open_binary(path) as stream:
+            for number, raw in enumerate(stream, start=1):
+                if number == 1:
+                    raw = raw.removeprefix(UTF8_BOM)
+                try:
+                    line = raw.decode("utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as cause:
+                    _complain(f"{path}:{number}: expected UTF-8 text, found {cause.reason}", cause, bad)
+                    continue
+                if line.strip():
+                    yield number, line
+    except (gzip.BadGzipFile, EOFError) as cause:
+        raise InputError(f"{path}: expected a complete gzip file, found: {cause}") from cause
+
+
+def read_json(path: Path | str) -> Any:
+    """The whole file as one JSON value.
+
+    Raises:
+        InputError: the file is not UTF-8 JSON; the message names line and column.
+    """
+    with open_binary(path) as stream:
+        raw = stream.read()
+    try:
+        return json.loads(raw.removeprefix(UTF8_BOM))
+    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        raise InputError(f"{path}: expected one JSON value, found: {cause}") from cause
+
+
+def read_jsonl(path: Path | str, record: type[R], *, bad: BadLines | None = None) -> Iterator[R]:
+    """Yield the records of a JSON-lines file.
+
+    Raises:
+        InputError: a line is not such a record. With `bad`, the line is counted there and passed over.
+    """
+    adapter = TypeAdapter(record)
+    for number, line in read_lines(path, bad=bad):
+        try:
+            yield adapter.validate_json(line, strict=True)
+        except ValidationError as cause:
+            problem = cause.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            found = f"{where}: {problem['msg']}" if where else problem["msg"]
+            message = f"{path}:{number}: expected a {record.__name__} as JSON, found a line with {found}"
+            _complain(message, cause, bad)
+
+
+def _complain(message: str, cause: Exception, bad: BadLines | None) -> None:
+    if bad is None:
+        raise InputError(f"{message}. Mend the line, or pass --skip-bad to count and skip such lines.") from cause
+    bad.add(message)
+
+
+def to_json(record: Any) -> str:
+    """One record as one line of JSON, without the newline.
+
+    Raises:
+        ValueError: a number is NaN or infinite, or a text holds a lone surrogate.
+    """
+    return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Give a temporary path in the same folder; when the block ends well, it becomes `path`, synced to disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path | str, records: Iterable[Any]) -> int:
+    """Write a finished artefact atomically; gzip if the name ends in `.gz`. Returns the number of records."""
+    num_written = 0
+    with atomic_path(path) as temporary:
+        opener = gzip.open if str(path).endswith(".gz") else open
+        with cast(TextIO, opener(temporary, "wt", encoding="utf-8", newline="\n")) as stream:
+            for record in records:
+                stream.write(to_json(record) + "\n")
+                num_written += 1
+    return num_written
+
+
+class JsonlAppender(Generic[R]):
+    """Appends records to a growing file that survives `kill -9`.
+
+    Opening cuts a torn last line away (`num_torn_bytes` says how much), so the file always consists of whole
+    lines. Each record is flushed before `append` returns. A second process that opens the same file is refused.
+
+    Raises:
+        InputError: another process is writing, or a whole line is not a record of this type.
+    """
+
+    def __init__(self, path: Path | str, record: type[R]) -> None:
+        self.path = Path(path)
+        self.num_torn_bytes = 0
+        self._record = record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self.path.open("a+b")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as cause:
+            self._stream.close()
+            raise InputError(f"{self.path} is being written by another process; wait for it or stop it") from cause
+        self._cut_torn_tail()
+
+    def _cut_torn_tail(self) -> None:
+        size = self._stream.seek(0, os.SEEK_END)
+        end, block = size, 1 << 16
+        while end > 0:
+            start = max(0, end - block)
+            self._stream.seek(start)
+            newline = self._stream.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        self.num_torn_bytes = size - end
+        if self.num_torn_bytes:
+            self._stream.truncate(end)
+            os.fsync(self._stream.fileno())
+        self._stream.seek(0, os.SEEK_END)
+
+    def existing(self) -> Iterator[R]:
+        """The records that are already in the file."""
+        return read_jsonl(self.path, self._record)
+
+    def rewrite(self, records: Iterable[R]) -> None:
+        """Replace what is in the file, atomically; used to drop failed records before they are tried again."""
+        write_jsonl(self.path, records)
+        renewed = self.path.open("a+b")
+        fcntl.flock(renewed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._stream.close()
+        self._stream = renewed
+
+    def append(self, record: R) -> None:
+        """Write one record and flush it to the operating system."""
+        self._stream.write(to_json(record).encode() + b"\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Sync to disk and release the lock."""
+        if not self._stream.closed:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def content_key(*parts: str) -> str:
+    """A 32-digit hexadecimal address of the parts; `("ab", "c")` and `("a", "bc")` differ."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode("utf-8", errors="surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big"))
+        digest.update(encoded)
+    return digest.hexdigest()[:32]
+
+
+def sha256_file(path: Path | str) -> str:
+    """SHA-256 of the bytes on disk, as hexadecimal digits."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("whyrank", "torch", "transformers", "tokenizers", "bm25s", "ir_measures"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _hardware() -> dict[str, JsonValue]:
+    return {"machine": platform.machine(), "system": platform.platform(), "num_cpus": os.cpu_count()}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """How a directory of artefacts came to be; written as `manifest.json` beside them.
+
+    `inputs` maps each input file to its SHA-256; `counts` holds numbers of records read, written and failed;
+    `seconds` is wall time of the last invocation.
+    """
+
+    stage: str
+    config: dict[str, JsonValue]
+    inputs: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    figures: dict[str, JsonValue] = field(default_factory=dict)
+    seed: int | None = None
+    command: str = field(default_factory=lambda: shlex.join(sys.argv))
+    versions: dict[str, str] = field(default_factory=_versions)
+    hardware: dict[str, JsonValue] = field(default_factory=_hardware)
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    seconds: float = 0.0
+    is_finished: bool = False
+
+    def with_inputs(self, *paths: Path | str | None) -> Manifest:
+        """A copy that also names these files with their hashes; `None` and `-` are passed over."""
+        hashes = {str(path): sha256_file(path) for path in paths if path is not None and str(path) != "-"}
+        return replace(self, inputs={**self.inputs, **hashes})
+
+    def finished(self, clock_start: float, *, counts: dict[str, int], **figures: JsonValue) -> Manifest:
+        """A copy with the outcome; `clock_start` is a reading of `time.perf_counter()`."""
+        elapsed = round(time.perf_counter() - clock_start, 3)
+        return replace(self, counts=counts, figures=figures, seconds=elapsed, is_finished=True)
+
+    def write(self, directory: Path | str) -> None:
+        """Write `manifest.json` atomically."""
+        with atomic_path(Path(directory) / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,419 @@
+"""What the model is asked and how its answer is read: the single home of prompt, answer, parse, cut and scale.
+
+A template is data: a TOML file with the wording, the separators, the labels and the limits. Mining, labelling,
+training examples, reranking and serving use the same object, and every judgment names its version. The law that
+ties writing to reading, for every text `why` and every label `y` of the scale:
+
+    template.parse(template.answer(y, why)) == (y, why)
+
+It holds because `answer` escapes what could be mistaken for structure (a line that begins like a label line, a
+thinking tag, the separator) with a backslash, and `parse` takes it away again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
+
+from whyrank.errors import InputError
+from whyrank.generators import Request, Sampling, Segment, TextTokens
+from whyrank.records import Mode
+from whyrank.store import content_key
+
+__all__ = ["Answer", "AnswerWords", "Limits", "PromptWords", "Rendered", "Scale", "Template"]
+
+STRICT = ConfigDict(extra="forbid", frozen=True)
+CHARACTERS_PER_TOKEN_AT_MOST = 32  # a longer text is cut by characters before it is tokenised (5 MB documents)
+MARK = r"[\s*_#>`]*"  # Markdown around a label is not part of it
+LONGEST_LABEL_LINE = 200  # characters; bounds the work of the patterns below on hostile text
+NUMBER_SCALES = {"0-2": range(3), "0-10": range(11), "0-100": range(101)}
+
+
+class Answer(NamedTuple):
+    """A label of the scale (`None` if the text holds no readable one) and the explanation before it."""
+
+    label: str | None
+    explanation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The labels in order, and what each is worth."""
+
+    labels: tuple[str, ...]
+    values: tuple[float, ...]
+
+    def expected(self, probs: tuple[float, ...]) -> float:
+        """Expected value of the label, for probabilities in the order of `labels` that sum to 1."""
+        return float(sum(value * p for value, p in zip(self.values, probs, strict=True)))
+
+    def value(self, label: str) -> float:
+        """What one label is worth."""
+        return self.values[self.labels.index(label)]
+
+    def label_of(self, value: float) -> str:
+        """The label that is worth exactly `value`.
+
+        Raises:
+            InputError: no label is.
+        """
+        if value not in self.values:
+            raise InputError(f"expected a relevance of the scale {self.values}, found {value}")
+        return self.labels[self.values.index(value)]
+
+
+@validated(config=STRICT)
+class PromptWords:
+    """The words around query and document. `task` says what counts as relevant and can be replaced per call."""
+
+    task: str
+    explain_format: str = ""
+    direct_format: str = ""
+    system: str = ""
+    query_heading: str = "Query:\n"
+    document_heading: str = "Document:\n"
+
+
+@validated(config=STRICT)
+class AnswerWords:
+    """The shape of an answer: `explanation_prompt why separator label_prompt label terminator`.
+
+    `thinking` is the pair of tags around text that a reasoning model writes before its answer; it is dropped by
+    `parse`, unless the separator itself holds the closing tag (then the thinking is the explanation).
+    """
+
+    explanation_prompt: str = "Explanation:"
+    separator: str = "\n\n"
+    label_prompt: str = "Relevance Label:"
+    terminator: str = " ##"
+    thinking: tuple[str, str] = ("<think>", "</think>")
+
+
+@validated(config=STRICT)
+class Limits:
+    """Caps in tokens. A query over its cap is cut with a warning; a document over its cap is cut at the end."""
+
+    max_query_tokens: int = 1024
+    max_document_tokens: int = 2048
+    max_explanation_tokens: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A request, and what had to be cut to make it. `passage` is the span of the document that is shown."""
+
+    request: Request
+    passage: tuple[int, int]
+    is_document_cut: bool
+    is_query_cut: bool
+
+
+@validated(config=ConfigDict(extra="forbid", frozen=True, ignored_types=(cached_property,)))
+class Template:
+    """A prompt, an answer shape, a scale and limits. `labels` names a number scale or lists label words.
+
+    With words, `values` gives each one's worth; two words default to 0 and 1, so that the score is the
+    probability of the second. `chat_options` go to the chat template (`enable_thinking = false`).
+    """
+
+    name: str
+    prompt: PromptWords
+    labels: str | tuple[str, ...] = "0-2"
+    values: tuple[float, ...] | None = None
+    answer_words: AnswerWords = field(default_factory=AnswerWords)
+    limits: Limits = field(default_factory=Limits)
+    chat_options: Mapping[str, bool | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        scale = self.scale
+        if len(scale.labels) < 2 or len(set(scale.labels)) != len(scale.labels):
+            raise InputError(f"template {self.name!r}: expected at least two different labels, found {scale.labels}")
+        if not (self.answer_words.separator.strip() or self.answer_words.label_prompt.strip()):
+            raise InputError(f"template {self.name!r}: a separator or a label_prompt must say where the label begins")
+
+    # ---- loading and identity -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str) -> Template:
+        """Build from parsed TOML or JSON; unknown keys are refused.
+
+        Raises:
+            InputError: naming `where` and the key that is wrong.
+        """
+        try:
+            return _ADAPTER.validate_python(dict(data))
+        except ValidationError as cause:
+            problem = cause.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in problem["loc"])
+            raise InputError(f"{where}: template key {key!r}: {problem['msg']}") from cause
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Template:
+        """A template shipped with whyrank, by name, or a TOML file, by path.
+
+        Raises:
+            InputError: neither exists, or the file is not a template.
+        """
+        shipped = files("whyrank") / "templates"
+        names = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir() if entry.name.endswith(".toml"))
+        if str(name_or_path) in names:
+            text = (shipped / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        elif Path(name_or_path).is_file():
+            text = Path(name_or_path).read_text(encoding="utf-8-sig")
+        else:
+            raise InputError(f"no template {str(name_or_path)!r}: give a TOML file or one of {', '.join(names)}")
+        try:
+            return cls.from_dict(tomllib.loads(text), where=str(name_or_path))
+        except tomllib.TOMLDecodeError as cause:
+            raise InputError(f"{name_or_path}: expected TOML, found: {cause}") from cause
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `from_dict` reads them back."""
+        data: dict[str, Any] = _ADAPTER.dump_python(self, mode="json")
+        return data
+
+    @property
+    def version(self) -> str:
+        """`name@` and eight digits that change with any word, label or limit."""
+        return f"{self.name}@{content_key(json.dumps(self.to_dict(), sort_keys=True))[:8]}"
+
+    def asks_like(self, other: Template) -> bool:
+        """Whether both put the same question and expect the same answer (limits may differ)."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return all(mine[key] == theirs[key] for key in ("prompt", "labels", "values", "answer_words", "chat_options"))
+
+    @property
+    def scale(self) -> Scale:
+        """The scale that `labels` and `values` name."""
+        if isinstance(self.labels, str):
+            if self.labels not in NUMBER_SCALES or self.values is not None:
+                raise InputError(
+                    f"template {self.name!r}: expected labels to be one of {sorted(NUMBER_SCALES)} without values, "
+                    f"or a list of words, found {self.labels!r} with values {self.values}"
+                )
+            numbers = NUMBER_SCALES[self.labels]
+            return Scale(tuple(str(n) for n in numbers), tuple(float(n) for n in numbers))
+        values = self.values if self.values is not None else (0.0, 1.0)
+        if len(values) != len(self.labels):
+            raise InputError(f"template {self.name!r}: {len(self.labels)} label words need as many values")
+        return Scale(self.labels, values)
+
+    # ---- asking ---------------------------------------------------------------------------------------------
+
+    def render(
+        self,
+        query: str,
+        document: str,
+        tokens: TextTokens,
+        *,
+        mode: Mode = "explain",
+        sampling: Sampling | None = None,
+        instruction: str | None = None,
+    ) -> Rendered:
+        """The request for one pair: instruction, query, document, in this order, so that the candidates of a
+        query share all but the end. Only the document is cut to its limit, and the query to its own.
+
+        Args:
+            query: the query's text.
+            document: the document's full text.
+            tokens: measures text in the tokens of the model that will read it.
+            mode: `explain` or `direct`.
+            sampling: defaults to greedy with the template's explanation cap.
+            instruction: replaces the template's `task` for this call.
+        """
+        words = self.prompt
+        shown_query = query[: cut_end(query, self.limits.max_query_tokens, tokens)]
+        end = cut_end(document, self.limits.max_document_tokens, tokens)
+        form = words.explain_format if mode == "explain" else words.direct_format
+        asked = "\n\n".join(part for part in (words.task if instruction is None else instruction, form) if part)
+        segments = [
+            Segment("user", "instruction", (asked + "\n\n" if asked else "") + words.query_heading),
+            Segment("user", "query", shown_query),
+            Segment("user", "instruction", "\n\n" + words.document_heading),
+            Segment("user", "document", document[:end]),
+        ]
+        if words.system:
+            segments.insert(0, Segment("system", "instruction", words.system))
+        if mode == "explain" and self.answer_words.explanation_prompt:
+            segments.append(Segment("assistant", "structure", self.answer_words.explanation_prompt))
+        request = Request(
+            segments=tuple(segments),
+            stops=self.stops,
+            label_prompt=self.label_prompt(mode),
+            labels=self.label_texts,
+            sampling=sampling or Sampling(max_tokens=self.limits.max_explanation_tokens),
+            is_direct=mode == "direct",
+            chat_options=dict(self.chat_options),
+        )
+        return Rendered(request, (0, end), end < len(document), len(shown_query) < len(query))
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """What ends the explanation. A leading newline also matches the beginning of the text."""
+        words = self.answer_words
+        candidates = (
+            words.separator.strip(),
+            f"\n{words.label_prompt}" if words.label_prompt.strip() else "",
+        )
+        return tuple(stop for stop in candidates if stop)
+
+    def label_prompt(self, mode: Mode) -> str:
+        """What stands between the explanation (or, in `direct` mode, the prompt) and the label."""
+        words = self.answer_words
+        return words.separator + words.label_prompt if mode == "explain" else words.label_prompt
+
+    @property
+    def label_texts(self) -> tuple[str, ...]:
+        """What may follow the label prompt: every label with its space and terminator."""
+        return tuple(f" {label}{self.answer_words.terminator}" for label in self.scale.labels)
+
+    # ---- answering and reading ------------------------------------------------------------------------------
+
+    def answer(self, label: str, why: str, mode: Mode = "explain") -> str:
+        """The text a model should have written. In `direct` mode the explanation is left out.
+
+        Raises:
+            InputError: `label` is not on the scale.
+        """
+        return "".join(text for _, text in self.answer_parts(label, why, mode))
+
+    def answer_parts(self, label: str, why: str, mode: Mode = "explain") -> tuple[tuple[bool, str], ...]:
+        """`answer` as `(is structure, text)` pieces that are tokenised apart, as at ranking time.
+
+        The label prompt and the label are one piece: `Request.labels` says where it is split.
+        """
+        scale = self.scale
+        if label not in scale.labels:
+            raise InputError(f"expected one of the labels {', '.join(scale.labels)}, found {label!r}")
+        ending = self.label_prompt(mode) + self.label_texts[scale.labels.index(label)]
+        if mode == "direct":
+            return ((True, ending),)
+        return (
+            (True, self.answer_words.explanation_prompt),
+            (False, f" {self.escape(why)}"),
+            (True, ending),
+        )
+
+    def parse(self, text: str) -> Answer:
+        """Read a whole answer. Never raises and never guesses: what is not plainly a label is `None`.
+
+        The answer's own form is read exactly. Other forms are read from the last line that is not blank, after
+        NFKC, with Markdown marks allowed around it. A different label line before it makes the answer unreadable,
+        and so does a thinking block that was never closed.
+        """
+        body = self._after_thinking(text)
+        if body is None:
+            return Answer(None, text)
+        exact = self._parse_exact(body)
+        found = exact if exact is not None else self._parse_last_line(body)
+        return found if found is not None else Answer(None, text)
+
+    def read_explanation(self, text: str) -> str:
+        """The explanation in a text that was generated up to a stop (phase 1)."""
+        return self.unescape(text).strip()
+
+    def _after_thinking(self, text: str) -> str | None:
+        opening, closing = self.answer_words.thinking
+        if closing in self.answer_words.separator:
+            return text
+        closings = [match.end() for match in re.finditer(rf"(?<!\\){re.escape(closing)}", text)]
+        if closings:
+            return text[closings[-1] :].lstrip()
+        return None if re.search(rf"(?<!\\){re.escape(opening)}", text) else text
+
+    def _parse_exact(self, text: str) -> Answer | None:
+        beginning = f"{self.answer_words.explanation_prompt} "
+        for label, ending in zip(self.scale.labels, self.label_texts, strict=True):
+            suffix = self.label_prompt("explain") + ending
+            if text.startswith(beginning) and text.endswith(suffix) and len(text) >= len(beginning) + len(suffix):
+                body = text[len(beginning) : len(text) - len(suffix)]
+                stray = self._labels_claimed(body)
+                return Answer(label, self.unescape(body)) if stray <= {label} else None
+        return None
+
+    def _parse_last_line(self, text: str) -> Answer | None:
+        lines = text.split("\n")
+        while lines and not lines[-1].strip():
+            lines.pop()
+        if not lines:
+            return None
+        label = self._label_on(lines[-1])
+        before = "\n".join(lines[:-1])
+        if label is None or not self._labels_claimed(before) <= {label}:
+            return None
+        closing = self.answer_words.separator.strip()
+        why = before.strip().removeprefix(self.answer_words.explanation_prompt.strip())
+        return Answer(label, self.unescape(why.strip().removesuffix(closing) if closing else why).strip())
+
+    def _labels_claimed(self, text: str) -> set[str | None]:
+        """Labels on the label lines of `text` that are not escaped; `None` stands for an unreadable one."""
+        return {self._label_on(line) for line in text.split("\n") if self._is_label_line(line) and line[:1] != "\\"}
+
+    @cached_property
+    def _label_line(self) -> re.Pattern[str] | None:
+        """How a label line begins; `None` if the template has no words before its label."""
+        prompt = _normal(self.answer_words.label_prompt).strip().rstrip(":").strip()
+        return re.compile(rf"{MARK}{re.escape(prompt)}") if prompt else None
+
+    @cached_property
+    def _label_statement(self) -> re.Pattern[str]:
+        """A whole line that states one label and nothing else."""
+        beginning = self._label_line.pattern if self._label_line else ""
+        colon = ":" if ":" in self.answer_words.label_prompt else ":?"
+        labels = "|".join(re.escape(_normal(label)) for label in sorted(self.scale.labels, key=len, reverse=True))
+        terminator = re.escape(_normal(self.answer_words.terminator).strip())
+        return re.compile(rf"{beginning}{MARK}{colon}{MARK}(?P<label>{labels}){MARK}(?:{terminator})?\.?{MARK}")
+
+    def _is_label_line(self, line: str) -> bool:
+        return self._label_line is not None and bool(
+            self._label_line.match(_normal(line.lstrip("\\")[:LONGEST_LABEL_LINE]))
+        )
+
+    def _label_on(self, line: str) -> str | None:
+        """The label that `line` states, the whole line being a label line."""
+        stated = self._label_statement.fullmatch(_normal(line)) if len(line) <= LONGEST_LABEL_LINE else None
+        if stated is None:
+            return None
+        return next(label for label in self.scale.labels if _normal(label) == stated["label"])
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str]:
+        protected = {*self.answer_words.thinking, self.answer_words.separator.strip()} - {""}
+        return re.compile(rf"(?<!\\)(\\*)(?={'|'.join(re.escape(mark) for mark in sorted(protected))})")
+
+    def escape(self, why: str) -> str:
+        """Put a backslash before everything in `why` that could be mistaken for the answer's structure."""
+        marked = self._marks.sub(r"\1\\", why)
+        return "\n".join(f"\\{line}" if self._is_label_line(line) else line for line in marked.split("\n"))
+
+    def unescape(self, text: str) -> str:
+        """Undo `escape`; text that was never escaped is left as it is."""
+        lines = (line[1:] if line[:1] == "\\" and self._is_label_line(line) else line for line in text.split("\n"))
+        return self._marks.sub(lambda match: match[1][1:], "\n".join(lines))
+
+
+_ADAPTER: TypeAdapter[Template] = TypeAdapter(Template)
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def cut_end(text: str, max_tokens: int, tokens: TextTokens) -> int:
+    """Where to cut `text` so that at most `max_tokens` tokens remain; `len(text)` if it fits."""
+    head = text[: max_tokens * CHARACTERS_PER_TOKEN_AT_MOST]
+    offsets = tokens.offsets(head)
+    if len(offsets) > max_tokens:
+        return offsets[max_tokens - 1][1] if max_tokens else 0
+    return len(head)
