@@ -7,16 +7,19 @@ ties writing to reading, for every text `why` and every label `y` of the scale:
     template.parse(template.answer(y, why)) == (y, why)
 
 It holds because `answer` escapes what could be mistaken for structure (a line that begins like a label line, a
-thinking tag, the separator) with a backslash, and `parse` takes it away again.
+thinking tag, the separator) with a backslash, and `parse` takes it away again. Before they are compared, lines are
+folded: NFKC, then case.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+import string
 import tomllib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -35,7 +38,8 @@ __all__ = ["Answer", "AnswerWords", "Limits", "PromptWords", "Rendered", "Scale"
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 CHARACTERS_PER_TOKEN_AT_MOST = 32  # a longer text is cut by characters before it is tokenised (5 MB documents)
-MARK = r"[\s*_#>`]*"  # Markdown around a label is not part of it
+LINE_START = r"(?:[^\S\n]|[*_#>`~|+•-])*+"  # Markdown that may open a line
+MARK = r"[\s*_#`]*+"  # Markdown around a label is not part of it
 LONGEST_LABEL_LINE = 200  # characters; bounds the work of the patterns below on hostile text
 NUMBER_SCALES = {"0-2": range(3), "0-10": range(11), "0-100": range(101)}
 
@@ -136,11 +140,30 @@ class Template:
     chat_options: Mapping[str, bool | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        scale = self.scale
-        if len(scale.labels) < 2 or len(set(scale.labels)) != len(scale.labels):
-            raise InputError(f"template {self.name!r}: expected at least two different labels, found {scale.labels}")
-        if not (self.answer_words.separator.strip() or self.answer_words.label_prompt.strip()):
+        self._check_labels()
+        self._check_structure()
+
+    def _check_labels(self) -> None:
+        labels, texts = self.scale.labels, self.label_texts
+        if len(labels) < 2 or len(set(self._label_of_normal)) != len(labels):
+            raise InputError(f"template {self.name!r}: expected at least two different labels, found {labels}")
+        if not all(label and label.strip() == label and "\n" not in label for label in labels):
+            raise InputError(f"template {self.name!r}: a label is one line without space around it, found {labels}")
+        if not all(math.isfinite(value) for value in self.scale.values):
+            raise InputError(f"template {self.name!r}: expected finite values, found {self.scale.values}")
+        for short, long in ((a, b) for a in texts for b in texts if a != b and b.startswith(a)):
+            raise InputError(f"template {self.name!r}: label {long!r} begins with {short!r}: give a terminator")
+
+    def _check_structure(self) -> None:
+        words = self.answer_words
+        if not (words.separator.strip() or self._label_words):
             raise InputError(f"template {self.name!r}: a separator or a label_prompt must say where the label begins")
+        if words.label_prompt.strip() and not re.match(r"\w", self._label_words):
+            raise InputError(f"template {self.name!r}: expected words in label_prompt, found {words.label_prompt!r}")
+        if bool(words.thinking[0]) != bool(words.thinking[1]):
+            raise InputError(f"template {self.name!r}: give both thinking tags or none, found {words.thinking}")
+        if any("\\" in mark for mark in (*words.thinking, words.separator)):
+            raise InputError(f"template {self.name!r}: separator and thinking tags cannot hold a backslash, the escape")
 
     # ---- loading and identity -------------------------------------------------------------------------------
 
@@ -156,7 +179,8 @@ class Template:
         except ValidationError as cause:
             problem = cause.errors(include_url=False)[0]
             key = ".".join(str(part) for part in problem["loc"])
-            raise InputError(f"{where}: template key {key!r}: {problem['msg']}") from cause
+            found = problem["msg"].removeprefix("Value error, ")
+            raise InputError(f"{where}: template key {key!r}: {found}" if key else f"{where}: {found}") from cause
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Template:
@@ -168,14 +192,14 @@ class Template:
         shipped = files("whyrank") / "templates"
         names = sorted(entry.name.removesuffix(".toml") for entry in shipped.iterdir() if entry.name.endswith(".toml"))
         if str(name_or_path) in names:
-            text = (shipped / f"{name_or_path}.toml").read_text(encoding="utf-8")
+            raw = (shipped / f"{name_or_path}.toml").read_bytes()
         elif Path(name_or_path).is_file():
-            text = Path(name_or_path).read_text(encoding="utf-8-sig")
+            raw = Path(name_or_path).read_bytes()
         else:
             raise InputError(f"no template {str(name_or_path)!r}: give a TOML file or one of {', '.join(names)}")
         try:
-            return cls.from_dict(tomllib.loads(text), where=str(name_or_path))
-        except tomllib.TOMLDecodeError as cause:
+            return cls.from_dict(tomllib.loads(raw.decode("utf-8-sig")), where=str(name_or_path))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
             raise InputError(f"{name_or_path}: expected TOML, found: {cause}") from cause
 
     def to_dict(self) -> dict[str, Any]:
@@ -308,29 +332,31 @@ class Template:
     def parse(self, text: str) -> Answer:
         """Read a whole answer. Never raises and never guesses: what is not plainly a label is `None`.
 
-        The answer's own form is read exactly. Other forms are read from the last line that is not blank, after
-        NFKC, with Markdown marks allowed around it. A different label line before it makes the answer unreadable,
-        and so does a thinking block that was never closed.
+        The answer's own form is read exactly. Other forms are read from the last line that is not blank (from what
+        follows the separator, if the template has no words before its label), after NFKC, with Markdown marks
+        allowed around it. A different label line before it makes the answer unreadable, and so does a thinking
+        block that was never closed.
         """
         body = self._after_thinking(text)
-        if body is None:
-            return Answer(None, text)
-        exact = self._parse_exact(body)
-        found = exact if exact is not None else self._parse_last_line(body)
-        return found if found is not None else Answer(None, text)
+        found = None if body is None else self._parse_exact(body) or self._parse_loosely(body)
+        return found or Answer(None, text)
 
     def read_explanation(self, text: str) -> str:
         """The explanation in a text that was generated up to a stop (phase 1)."""
         return self.unescape(text).strip()
 
+    @property
+    def _is_thinking_the_explanation(self) -> bool:
+        return self.answer_words.thinking[1] in self.answer_words.separator
+
     def _after_thinking(self, text: str) -> str | None:
-        opening, closing = self.answer_words.thinking
-        if closing in self.answer_words.separator:
+        if self._is_thinking_the_explanation:
             return text
-        closings = [match.end() for match in re.finditer(rf"(?<!\\){re.escape(closing)}", text)]
-        if closings:
-            return text[closings[-1] :].lstrip()
-        return None if re.search(rf"(?<!\\){re.escape(opening)}", text) else text
+        opening, closing = self.answer_words.thinking
+        _, closed, rest = text.rpartition(closing)
+        if opening in rest:
+            return None
+        return rest.lstrip() if closed else text
 
     def _parse_exact(self, text: str) -> Answer | None:
         beginning = f"{self.answer_words.explanation_prompt} "
@@ -338,69 +364,103 @@ class Template:
             suffix = self.label_prompt("explain") + ending
             if text.startswith(beginning) and text.endswith(suffix) and len(text) >= len(beginning) + len(suffix):
                 body = text[len(beginning) : len(text) - len(suffix)]
-                stray = self._labels_claimed(body)
-                return Answer(label, self.unescape(body)) if stray <= {label} else None
+                is_clear = self._labels_claimed(body) <= {label} and not self._is_separated(body)
+                return Answer(label, self.unescape(body)) if is_clear else None
         return None
 
-    def _parse_last_line(self, text: str) -> Answer | None:
-        lines = text.split("\n")
-        while lines and not lines[-1].strip():
-            lines.pop()
-        if not lines:
+    def _parse_loosely(self, text: str) -> Answer | None:
+        mark = self.answer_words.separator.strip()
+        if self._label_line:
+            before, _, statement = text.rstrip().rpartition("\n")
+            # Words in a thought that was cut off are not the answer, even on a line of their own.
+            is_clear = not self._is_thinking_the_explanation or mark in before or not before.strip()
+        else:
+            before, _, statement = text.rpartition(mark)
+            is_clear = not self._is_separated(before)
+        label = self._label_on(statement)
+        if label is None or not is_clear or not self._labels_claimed(before) <= {label}:
             return None
-        label = self._label_on(lines[-1])
-        before = "\n".join(lines[:-1])
-        if label is None or not self._labels_claimed(before) <= {label}:
-            return None
-        closing = self.answer_words.separator.strip()
-        why = before.strip().removeprefix(self.answer_words.explanation_prompt.strip())
-        return Answer(label, self.unescape(why.strip().removesuffix(closing) if closing else why).strip())
+        why = before.strip().removeprefix(self.answer_words.explanation_prompt.strip()).strip().removesuffix(mark)
+        return Answer(label, self.unescape(why).strip())
+
+    def _is_separated(self, body: str) -> bool:
+        """Whether a template without words before its label has a second separator, so that two labels compete."""
+        return self._label_line is None and self.answer_words.separator.strip() in body
 
     def _labels_claimed(self, text: str) -> set[str | None]:
         """Labels on the label lines of `text` that are not escaped; `None` stands for an unreadable one."""
-        return {self._label_on(line) for line in text.split("\n") if self._is_label_line(line) and line[:1] != "\\"}
+        begun = [match.start() for match in self._label_lines(text) if not match[1]]
+        return {self._label_on(line) for line in {text[start:].partition("\n")[0] for start in begun}}
+
+    @cached_property
+    def _label_words(self) -> str:
+        """The words before a label, without colon and marks; empty if the template has none."""
+        words = re.sub(rf"^{LINE_START}", "", _normal(self.answer_words.label_prompt).strip())
+        return words.rstrip("*_#`:" + string.whitespace)
 
     @cached_property
     def _label_line(self) -> re.Pattern[str] | None:
         """How a label line begins; `None` if the template has no words before its label."""
-        prompt = _normal(self.answer_words.label_prompt).strip().rstrip(":").strip()
-        return re.compile(rf"{MARK}{re.escape(prompt)}") if prompt else None
+        return re.compile(rf"{LINE_START}{re.escape(self._label_words)}(?!\w)") if self._label_words else None
+
+    @cached_property
+    def _line_starts(self) -> re.Pattern[str]:
+        """Where a label line may begin: a quick look before the exact one. Group 1 holds the escaping backslashes."""
+        first = self._label_words[:1]
+        return re.compile(rf"^(\\*+)(?={LINE_START}[{re.escape(first + first.upper())}\x80-\U0010ffff])", re.MULTILINE)
+
+    def _label_lines(self, text: str) -> Iterator[re.Match[str]]:
+        """The beginnings of the label lines of `text`, escaped ones included."""
+        if self._label_line is None:
+            return
+        for match in self._line_starts.finditer(text):
+            if self._begins_label_line(match):
+                yield match
+
+    def _begins_label_line(self, match: re.Match[str]) -> bool:
+        line = match.string[match.end() : match.end() + LONGEST_LABEL_LINE].partition("\n")[0]
+        return self._label_line is not None and self._label_line.match(_normal(line)) is not None
 
     @cached_property
     def _label_statement(self) -> re.Pattern[str]:
         """A whole line that states one label and nothing else."""
         beginning = self._label_line.pattern if self._label_line else ""
         colon = ":" if ":" in self.answer_words.label_prompt else ":?"
-        labels = "|".join(re.escape(_normal(label)) for label in sorted(self.scale.labels, key=len, reverse=True))
+        labels = "|".join(re.escape(label) for label in sorted(self._label_of_normal, key=len, reverse=True))
         terminator = re.escape(_normal(self.answer_words.terminator).strip())
         return re.compile(rf"{beginning}{MARK}{colon}{MARK}(?P<label>{labels}){MARK}(?:{terminator})?\.?{MARK}")
 
-    def _is_label_line(self, line: str) -> bool:
-        return self._label_line is not None and bool(
-            self._label_line.match(_normal(line.lstrip("\\")[:LONGEST_LABEL_LINE]))
-        )
+    @cached_property
+    def _label_of_normal(self) -> dict[str, str]:
+        return {_normal(label): label for label in self.scale.labels}
 
     def _label_on(self, line: str) -> str | None:
         """The label that `line` states, the whole line being a label line."""
-        stated = self._label_statement.fullmatch(_normal(line)) if len(line) <= LONGEST_LABEL_LINE else None
-        if stated is None:
-            return None
-        return next(label for label in self.scale.labels if _normal(label) == stated["label"])
+        if len(line) > LONGEST_LABEL_LINE or any(c.isdigit() and not c.isdecimal() for c in line):
+            return None  # NFKC would read the footnote in "1\N{SUPERSCRIPT TWO}" as a digit of "12"
+        stated = self._label_statement.fullmatch(_normal(line))
+        return self._label_of_normal[stated["label"]] if stated else None
 
     @cached_property
     def _marks(self) -> re.Pattern[str]:
-        protected = {*self.answer_words.thinking, self.answer_words.separator.strip()} - {""}
-        return re.compile(rf"(?<!\\)(\\*)(?={'|'.join(re.escape(mark) for mark in sorted(protected))})")
+        protected = sorted({*self.answer_words.thinking, self.answer_words.separator.strip()} - {""})
+        return re.compile("|".join(rf"({re.escape(mark[0])})(\\*+)({re.escape(mark[1:])})" for mark in protected))
 
     def escape(self, why: str) -> str:
-        """Put a backslash before everything in `why` that could be mistaken for the answer's structure."""
-        marked = self._marks.sub(r"\1\\", why)
-        return "\n".join(f"\\{line}" if self._is_label_line(line) else line for line in marked.split("\n"))
+        """Make everything in `why` harmless that could be mistaken for the answer's structure.
+
+        A label line gets a backslash before it, a thinking tag or a separator one after its first character, so
+        that the escaped text holds neither a label line nor a stop.
+        """
+        marked = self._marks.sub(lambda match: _spread(match, lambda slashes: slashes + "\\"), why)
+        begins = self._begins_label_line
+        return self._line_starts.sub(lambda match: f"\\{match[0]}" if begins(match) else match[0], marked)
 
     def unescape(self, text: str) -> str:
         """Undo `escape`; text that was never escaped is left as it is."""
-        lines = (line[1:] if line[:1] == "\\" and self._is_label_line(line) else line for line in text.split("\n"))
-        return self._marks.sub(lambda match: match[1][1:], "\n".join(lines))
+        begins = self._begins_label_line
+        plain = self._line_starts.sub(lambda match: match[0][1:] if begins(match) else match[0], text)
+        return self._marks.sub(lambda match: _spread(match, lambda slashes: slashes[1:]), plain)
 
 
 _ADAPTER: TypeAdapter[Template] = TypeAdapter(Template)
@@ -408,6 +468,11 @@ _ADAPTER: TypeAdapter[Template] = TypeAdapter(Template)
 
 def _normal(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
+
+
+def _spread(match: re.Match[str], change: Callable[[str], str]) -> str:
+    first, slashes, rest = (group for group in match.groups() if group is not None)
+    return first + change(slashes) + rest
 
 
 def cut_end(text: str, max_tokens: int, tokens: TextTokens) -> int:
