@@ -1,0 +1,130 @@
+"""Hugging Face causal language models on torch: the backend for laptops, small GPUs and training.
+
+Two phases per request, in batches of similar length. Any decoder with a standard key/value cache runs; others
+are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Self
+
+import torch
+from transformers import PreTrainedModel
+
+from whyrank.errors import GenerationError, TemplateMismatch
+from whyrank.generators import Completion, Request
+from whyrank.generators.hf.chat import ChatTokens
+from whyrank.generators.hf.decode import Row, decode_batch
+from whyrank.generators.hf.load import (
+    Device,
+    Dtype,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+
+__all__ = ["HfGenerator"]
+
+BATCHES_READ_AHEAD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HfGenerator:
+    """A loaded model as a `Generator`. `batch_size` is the number of pairs that share a forward pass."""
+
+    name: str
+    model: PreTrainedModel
+    tokens: ChatTokens
+    batch_size: int = 16
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        device: Device = "auto",
+        dtype: Dtype = "auto",
+        batch_size: int = 16,
+        name: str | None = None,
+    ) -> Self:
+        """Load a checkpoint from a folder or the hub.
+
+        Args:
+            model: folder or hub id; weights must be safetensors.
+            device: `auto` prefers CUDA, then MPS, then the CPU.
+            dtype: `auto` is bfloat16 on CUDA and float32 elsewhere.
+            batch_size: pairs per forward pass.
+            name: how judgments call the model; by default what was given as `model`.
+
+        Raises:
+            InputError: nothing loadable is there, or the device is not.
+            UnsupportedModel: an architecture or tokenizer that cannot be run correctly.
+        """
+        place = resolve_device(device)
+        loaded = load_model(model, place, resolve_dtype(dtype, place))
+        return cls(name or str(model), loaded, ChatTokens(load_tokenizer(model)), batch_size)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence that the model was built for, if it says so."""
+        longest = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return longest if isinstance(longest, int) else None
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer, by the tokenizer's and the checkpoint's account."""
+        settings = self.model.generation_config
+        stated = settings.eos_token_id if settings is not None else None
+        more = stated if isinstance(stated, list) else [stated]
+        return self.tokens.eos_ids | frozenset(i for i in more if isinstance(i, int))
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
+        """Yield each completion as soon as its batch allows; reads ahead by a few batches to sort by length."""
+        numbered = enumerate(requests)
+        while window := list(islice(numbered, self.batch_size * BATCHES_READ_AHEAD)):
+            rows: list[Row] = []
+            for index, request in window:
+                prepared = self._prepare(index, request)
+                if isinstance(prepared, Row):
+                    rows.append(prepared)
+                else:
+                    yield index, Completion.failed(prepared)
+            rows.sort(key=lambda row: (row.request.is_direct, len(row.prompt)))
+            for batch in _batches(rows, self.batch_size):
+                yield from self._decode(batch)
+
+    def _prepare(self, index: int, request: Request) -> Row | GenerationError:
+        try:
+            endings = self.tokens.endings(request)
+        except TemplateMismatch as cause:
+            raise TemplateMismatch(f"{self.name}: {cause}") from cause
+        prompt = self.tokens.prompt_ids(request)
+        room = len(endings.prompt) + max(len(label) for label in endings.labels)
+        num_needed = len(prompt) + room + (0 if request.is_direct else request.sampling.max_tokens)
+        if self.max_tokens is not None and num_needed > self.max_tokens:
+            return GenerationError(
+                f"the request needs {num_needed} tokens ({len(prompt)} prompt, {request.sampling.max_tokens} "
+                f"explanation, {room} label), {self.name} holds {self.max_tokens}; lower max_document_tokens"
+            )
+        return Row(index, request, prompt, endings)
+
+    def _decode(self, batch: list[Row]) -> Iterator[tuple[int, Completion]]:
+        try:
+            yield from decode_batch(self.model, self.tokens, batch, self.eos_ids)
+        except torch.OutOfMemoryError as cause:
+            raise GenerationError(
+                f"out of memory with {len(batch)} pairs at once; choose a smaller --batch-size than {self.batch_size}"
+            ) from cause
+
+
+def _batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
+    """Neighbours of one kind (direct or explaining), at most `size` at once."""
+    for is_direct in (False, True):
+        kind = [row for row in rows if row.request.is_direct == is_direct]
+        for start in range(0, len(kind), size):
+            yield kind[start : start + size]

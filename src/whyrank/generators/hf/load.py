@@ -1,0 +1,114 @@
+"""Loading a causal language model from a folder or the hub: safetensors only, no remote code, no surprises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from whyrank.errors import InputError, UnsupportedModel
+
+__all__ = [
+    "DTYPES",
+    "Device",
+    "Dtype",
+    "load_model",
+    "load_tokenizer",
+    "resolve_device",
+    "resolve_dtype",
+    "without_progress_bars",
+]
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STANDARD_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def resolve_device(device: Device) -> torch.device:
+    """`auto` is CUDA where there is one, else Apple's MPS, else the CPU.
+
+    Raises:
+        InputError: the named device is not on this machine.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(name for name, is_there in available.items() if is_there))
+    if not available[device]:
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise InputError(f"--device {device}: this machine (or this build of torch) offers only {there}")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[dtype]
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(str(model), trust_remote_code=False))
+    except (OSError, ValueError, KeyError) as cause:
+        raise InputError(f"no tokenizer could be loaded from {str(model)!r}: {_first_line(cause)}") from cause
+
+
+def load_model(model: str | Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM with a standard key/value cache, in evaluation mode.
+
+    Raises:
+        InputError: no checkpoint with safetensors weights is there.
+        UnsupportedModel: an encoder-decoder, or a model whose layers keep another kind of state.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as cause:
+        raise InputError(
+            f"expected a folder with a Hugging Face checkpoint or a hub id, found {str(model)!r}: {_first_line(cause)}"
+        ) from cause
+    name = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder; whyrank runs decoder-only causal language models")
+    layers = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or [])
+    if not layers <= STANDARD_LAYERS:
+        strange = ", ".join(sorted(layers - STANDARD_LAYERS))
+        raise UnsupportedModel(f"{name} has layers without a standard key/value cache ({strange})")
+    try:
+        with without_progress_bars():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                str(model), dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
+    except (OSError, ValueError) as cause:
+        raise InputError(f"{name} could not be loaded from {str(model)!r}: {_first_line(cause)}") from cause
+    if getattr(loaded, "_is_stateful", False):
+        raise UnsupportedModel(f"{name} keeps a recurrent state instead of a key/value cache")
+    torch.nn.Module.train(loaded, False)
+    torch.nn.Module.to(loaded, device)
+    return cast(PreTrainedModel, loaded)
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing its own bars over ours."""
+    was_on = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
