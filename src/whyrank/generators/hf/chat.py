@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from whyrank.errors import TemplateMismatch, UnsupportedModel
 from whyrank.generators import Request, Role, Segment
+from whyrank.template import Template
 
 __all__ = ["ChatTokens", "Endings"]
 
@@ -135,6 +136,10 @@ class ChatTokens:
         bos = self.tokenizer.bos_token
         begins = self._backend.encode("", add_special_tokens=True).ids
         return str(bos) if bos is not None and begins[:1] == [self.tokenizer.bos_token_id] else ""
+
+    def label_tokens(self, template: Template) -> dict[str, tuple[int, ...]]:
+        """How this tokenizer spells each of the template's labels; kept on a checkpoint's card."""
+        return {text: self.encode_structure(text) for text in template.label_texts}
 
     def endings(self, request: Request) -> Endings:
         """Label prompt and labels as tokens, tokenised together (as `answer_parts` are in training) and split

@@ -1,0 +1,122 @@
+"""Opening a model by what a person types: a folder, a hub id, `endpoint:URL#MODEL`, `scripted:FILE`, `overlap`.
+
+The only place that knows all backends; each is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from whyrank.checkpoint import CARD_NAME, Card, read_card
+from whyrank.errors import InputError, require
+from whyrank.generators import Generator
+from whyrank.records import Mode
+from whyrank.template import Template
+
+__all__ = ["DEFAULT_TEMPLATE", "ModelOptions", "open_model"]
+
+DEFAULT_TEMPLATE = "explain-0-2"
+DEMO_NOTICE = (
+    "using the demo model that ships with whyrank: it knows the almanac's few subjects and nothing else. "
+    "Choose a real one with --model (or Reranker.load(model)): a folder, a hub id or endpoint:URL#MODEL."
+)
+log = logging.getLogger("whyrank")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How a model is loaded; ignored settings are refused where a backend has no use for them."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where an hf model runs; auto prefers CUDA, then MPS, then the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights of an hf model; auto is bfloat16 on CUDA and float32 elsewhere."""
+    batch_size: int = 16
+    """Pairs that share a forward pass of an hf model."""
+    concurrency: int = 8
+    """Requests that are under way at an endpoint at once."""
+    timeout: float = 120.0
+    """Seconds until an attempt at an endpoint is given up."""
+
+
+def open_model(
+    spec: str | Path | None,
+    *,
+    template: Template | None = None,
+    mode: Mode = "explain",
+    options: ModelOptions = ModelOptions(),
+) -> tuple[Generator, Template]:
+    """Load the model and settle on its template.
+
+    A checkpoint with a `whyrank.json` brings its own template and is checked against it; other models use
+    `template`, or the default one.
+
+    Args:
+        spec: `None` for the embedded demo model.
+        template: asked for by the caller.
+        mode: the mode it will be used in.
+        options: how to load it.
+
+    Raises:
+        InputError: `spec` names nothing.
+        MissingExtra: the backend is not installed.
+        TemplateMismatch: the checkpoint was trained for something else.
+    """
+    if spec is None:
+        embedded = Path(str(files("whyrank") / "almanac" / "model"))
+        if not (embedded / CARD_NAME).is_file():
+            raise InputError("this installation has no embedded model; name one with --model")
+        log.warning(DEMO_NOTICE)
+        return _open_hf(embedded, template, mode, options, name="whyrank-demo")
+    kind, _, rest = str(spec).partition(":")
+    if kind == "endpoint":
+        from whyrank.generators.endpoint import Endpoint, EndpointConfig
+
+        url, _, model = rest.partition("#")
+        if not url or not model:
+            raise InputError(f"expected endpoint:URL#MODEL, found {str(spec)!r}")
+        config = EndpointConfig(concurrency=options.concurrency, timeout=options.timeout)
+        return Endpoint(url, model, config=config), template or Template.load(DEFAULT_TEMPLATE)
+    if kind == "scripted" and rest:
+        from whyrank.generators.scripted import Scripted
+
+        return Scripted.from_file(Path(rest)), template or Template.load(DEFAULT_TEMPLATE)
+    if str(spec) == "overlap":
+        from whyrank.generators.overlap import Overlap
+
+        return Overlap(), template or Template.load(DEFAULT_TEMPLATE)
+    return _open_hf(str(spec), template, mode, options, name=str(spec))
+
+
+def _open_hf(
+    model: str | Path, template: Template | None, mode: Mode, options: ModelOptions, *, name: str
+) -> tuple[Generator, Template]:
+    for module in ("torch", "transformers"):
+        require(module, "hf")
+    from whyrank.generators.hf import HfGenerator
+
+    generator = HfGenerator.load(
+        model, device=options.device, dtype=options.dtype, batch_size=options.batch_size, name=name
+    )
+    card = _find_card(model)
+    if card is None:
+        return generator, template or Template.load(DEFAULT_TEMPLATE)
+    card.check(mode=mode, template=template, label_tokens=generator.tokens.label_tokens(card.template))
+    return generator, template or card.template
+
+
+def _find_card(model: str | Path) -> Card | None:
+    """The card in a folder or a hub repository; `None` if the checkpoint was not trained by whyrank."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        str(model),
+        CARD_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return read_card(found) if found is not None else None

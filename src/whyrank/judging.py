@@ -1,0 +1,205 @@
+"""From pairs to judgments: the one loop under labelling, reranking and serving.
+
+A pair is rendered, generated and read; what could not be read stays visible as `unparsed` or `error` and never
+becomes a number. `judge_into` keeps the judgments in a growing file and picks up where it was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from whyrank.generators import Completion, Generator, Sampling
+from whyrank.records import JUDGED_STATUSES, Document, Judgment, Mode, Query, Status
+from whyrank.store import JsonlAppender, content_key
+from whyrank.template import Rendered, Template
+
+__all__ = ["Judge", "JudgingCounts", "judge_into"]
+
+LEAST_LABEL_MASS = 0.5  # below it the model was not answering the question; status `low_mass`
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A template and a generator that judge pairs in one mode.
+
+    `sampling` defaults to greedy with the template's explanation cap; `instruction` replaces the template's task.
+    """
+
+    template: Template
+    generator: Generator
+    mode: Mode = "explain"
+    sampling: Sampling | None = None
+    instruction: str | None = None
+
+    def key(self, query: Query, document: Document) -> str:
+        """Content address of a judgment: everything that can change it, and nothing else."""
+        drawn = self.sampling or Sampling(max_tokens=self.template.limits.max_explanation_tokens)
+        how = json.dumps([self.mode, asdict(drawn), self.instruction], sort_keys=True)
+        return content_key(self.template.version, self.generator.name, how, query.text, document.full_text)
+
+    def judge(self, pairs: Iterable[tuple[Query, Document]]) -> Iterator[Judgment]:
+        """Yield one judgment per pair as soon as it is ready, in any order. `pairs` is read as a stream."""
+        under_way: dict[int, tuple[Query, Document, Rendered]] = {}
+
+        def requests() -> Iterator[tuple[int, Rendered]]:
+            for index, (query, document) in enumerate(pairs):
+                rendered = self.template.render(
+                    query.text,
+                    document.full_text,
+                    self.generator.tokens,
+                    mode=self.mode,
+                    sampling=self.sampling,
+                    instruction=self.instruction,
+                )
+                under_way[index] = (query, document, rendered)
+                yield index, rendered
+
+        for index, completion in self.generator.generate(rendered.request for _, rendered in requests()):
+            query, document, rendered = under_way.pop(index)
+            yield self._read(query, document, rendered, completion)
+
+    def _read(self, query: Query, document: Document, rendered: Rendered, completion: Completion) -> Judgment:
+        blank = Judgment(
+            key=self.key(query, document),
+            query_id=query.query_id,
+            doc_id=document.doc_id,
+            status="error",
+            mode=self.mode,
+            label=None,
+            score=None,
+            probs=None,
+            label_mass=None,
+            explanation="",
+            passage=rendered.passage,
+            is_document_cut=rendered.is_document_cut,
+            is_query_cut=rendered.is_query_cut,
+            num_prompt_tokens=completion.num_prompt_tokens,
+            num_completion_tokens=completion.num_completion_tokens,
+            template=self.template.version,
+            model=self.generator.name,
+        )
+        if completion.error is not None:
+            return replace(blank, error=f"{type(completion.error).__name__}: {completion.error}")
+        if completion.label_probs is not None:
+            return self._read_distribution(blank, completion, completion.label_probs)
+        return self._read_answer(blank, completion)
+
+    def _read_distribution(self, blank: Judgment, completion: Completion, probs: tuple[float, ...]) -> Judgment:
+        mass = math.fsum(probs)
+        if not math.isfinite(mass) or min(probs) < 0:
+            return replace(blank, error=f"GenerationError: the label probabilities are not numbers: {probs}")
+        if mass == 0.0:
+            return replace(blank, status="unparsed", unreadable=completion.text, label_mass=0.0)
+        scale = self.template.scale
+        normalised = tuple(p / mass for p in probs)
+        cut_status: Status = "forced" if completion.finish_reason == "length" else "ok"
+        return replace(
+            blank,
+            status="low_mass" if mass < LEAST_LABEL_MASS else cut_status,
+            label=scale.labels[max(range(len(normalised)), key=normalised.__getitem__)],
+            score=scale.expected(normalised),
+            probs=normalised,
+            label_mass=mass,
+            explanation=self.template.read_explanation(completion.text),
+        )
+
+    def _read_answer(self, blank: Judgment, completion: Completion) -> Judgment:
+        answer = self.template.parse(completion.text)
+        if answer.label is None or completion.finish_reason != "stop":
+            return replace(blank, status="unparsed", unreadable=completion.text)
+        score = self.template.scale.value(answer.label)
+        return replace(blank, status="ok", label=answer.label, score=score, explanation=answer.explanation)
+
+
+@dataclass(slots=True)
+class JudgingCounts:
+    """What a judging job did. `num_known` judgments were found on disk, `num_new` were made now."""
+
+    num_known: int = 0
+    num_new: int = 0
+    num_torn_bytes: int = 0
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    num_queries_cut: int = 0
+    num_documents_cut: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_judgments(self) -> int:
+        """All judgments that the finished file holds for the job."""
+        return self.num_known + self.num_new
+
+    @property
+    def num_unreadable(self) -> int:
+        """Judgments without a label."""
+        return sum(count for status, count in self.statuses.items() if status not in JUDGED_STATUSES)
+
+    def add(self, judgment: Judgment, *, is_new: bool) -> None:
+        """Count one judgment; tokens only where they were spent now."""
+        self.statuses[judgment.status] += 1
+        self.num_queries_cut += judgment.is_query_cut
+        self.num_documents_cut += judgment.is_document_cut
+        if is_new:
+            self.num_new += 1
+            self.num_prompt_tokens += judgment.num_prompt_tokens
+            self.num_completion_tokens += judgment.num_completion_tokens
+        else:
+            self.num_known += 1
+
+    def to_counts(self) -> dict[str, int]:
+        """Plain numbers for a manifest."""
+        plain = {name: int(getattr(self, name)) for name in self.__slots__ if name != "statuses"}
+        return {**plain, **{f"num_{status}": count for status, count in sorted(self.statuses.items())}}
+
+
+def judge_into(
+    path: Path, judge: Judge, pairs: Iterable[tuple[Query, Document]], counts: JudgingCounts
+) -> Iterator[Judgment]:
+    """Judge every pair that `path` does not hold yet, append each judgment as it comes, and yield all of them.
+
+    Judgments already in the file come first. Failed ones (`error`) are dropped and tried again; a pair whose texts
+    were judged under other ids is copied, not computed. After a kill nothing is lost and nothing doubled.
+
+    Raises:
+        InputError: another process is writing the file, or it holds something else than judgments.
+    """
+    with JsonlAppender(path, Judgment) as appender:
+        counts.num_torn_bytes = appender.num_torn_bytes
+        found = list(appender.existing())
+        kept = [judgment for judgment in found if judgment.status != "error"]
+        if len(kept) < len(found):
+            appender.rewrite(kept)
+        known = {(judgment.key, judgment.query_id, judgment.doc_id): judgment for judgment in kept}
+        by_key = {judgment.key: judgment for judgment in kept}
+        reused: list[Judgment] = []
+
+        def missing() -> Iterator[tuple[Query, Document]]:
+            for query, document in pairs:
+                key = judge.key(query, document)
+                here = known.get((key, query.query_id, document.doc_id))
+                if here is None and key in by_key:
+                    here = replace(by_key[key], query_id=query.query_id, doc_id=document.doc_id)
+                    appender.append(here)
+                if here is None:
+                    yield query, document
+                else:
+                    reused.append(here)
+
+        for judgment in judge.judge(missing()):
+            yield from _drain(reused, counts)
+            appender.append(judgment)
+            counts.add(judgment, is_new=True)
+            yield judgment
+        yield from _drain(reused, counts)
+
+
+def _drain(reused: list[Judgment], counts: JudgingCounts) -> Iterator[Judgment]:
+    while reused:
+        judgment = reused.pop(0)
+        counts.add(judgment, is_new=False)
+        yield judgment

@@ -1,0 +1,278 @@
+"""The main job: put documents in a better order, with the reasons.
+
+from whyrank import Reranker
+
+for result in Reranker.load().rank("Why do my leaves turn yellow?", documents, top_k=3):
+    print(result.score, result.id, result.explanation)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import overload
+
+from whyrank.errors import InputError
+from whyrank.generators import Generator, Sampling
+from whyrank.generators.opening import ModelOptions, open_model
+from whyrank.judging import Judge
+from whyrank.ranking import Fuse, OnUnparsed, order, parse_fuse
+from whyrank.records import Document, Judgment, Mode, Query, ScoredDocument, Status
+from whyrank.template import Template
+
+__all__ = ["DocumentLike", "Ranked", "Ranking", "Reranker"]
+
+DocumentLike = str | Mapping[str, object] | Document
+"""A text, a mapping with an id and a text, or a record."""
+
+ID_FIELDS = ("doc_id", "id", "_id", "docid")
+TEXT_FIELDS = ("text", "content", "contents", "body")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One document in its new place.
+
+    `score` is the model's expected label, `None` where no label could be read; `rank_score` orders the list.
+    `passage` is the text that the model was shown. Ranks start at 1.
+    """
+
+    id: str
+    rank: int
+    score: float | None
+    rank_score: float
+    label: str | None
+    explanation: str
+    status: Status
+    passage: str
+    first_stage_rank: int
+    judgment: Judgment
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking(Sequence[Ranked]):
+    """The documents of one query, best first."""
+
+    query_id: str
+    results: tuple[Ranked, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> Ranked: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Ranked]: ...
+    def __getitem__(self, index: int | slice) -> Ranked | Sequence[Ranked]:
+        return self.results[index]
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    @property
+    def num_unreadable(self) -> int:
+        """Results without a label."""
+        return sum(result.score is None for result in self.results)
+
+    def to_run(self) -> list[ScoredDocument]:
+        """The order as lines of a run."""
+        return [ScoredDocument(self.query_id, result.id, result.rank, result.rank_score) for result in self.results]
+
+
+@dataclass(frozen=True, slots=True)
+class Reranker:
+    """A judge and the policies that turn its judgments into an order."""
+
+    judge: Judge
+    fuse: Fuse = Fuse()
+    on_unparsed: OnUnparsed = "first_stage"
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | None = None,
+        *,
+        template: str | Path | Template | None = None,
+        mode: Mode = "explain",
+        instruction: str | None = None,
+        fuse: str = "none",
+        on_unparsed: OnUnparsed = "first_stage",
+        max_explanation_tokens: int | None = None,
+        options: ModelOptions = ModelOptions(),
+    ) -> Reranker:
+        """Load a model by name.
+
+        Args:
+            model: a folder, a hub id, `endpoint:URL#MODEL`, `scripted:FILE` or `overlap`; `None` is the embedded
+                demo model.
+            template: name or TOML file; a checkpoint trained by whyrank brings its own.
+            mode: `explain` or `direct`.
+            instruction: replaces the template's statement of what counts as relevant.
+            fuse: `none`, `rrf`, `zscore:w` or `minmax:w`; w is the reranker's weight.
+            on_unparsed: what a pair without a readable label does to the order.
+            max_explanation_tokens: overrides the template's cap.
+            options: device, dtype, batch size, concurrency.
+
+        Raises:
+            WhyrankError: see `open_model`.
+        """
+        asked = template if isinstance(template, Template) or template is None else Template.load(template)
+        generator, settled = open_model(model, template=asked, mode=mode, options=options)
+        if max_explanation_tokens is not None:
+            limits = replace(settled.limits, max_explanation_tokens=max_explanation_tokens)
+            settled = replace(settled, limits=limits)
+        return cls.of(settled, generator, mode=mode, instruction=instruction, fuse=fuse, on_unparsed=on_unparsed)
+
+    @classmethod
+    def of(
+        cls,
+        template: Template,
+        generator: Generator,
+        *,
+        mode: Mode = "explain",
+        sampling: Sampling | None = None,
+        instruction: str | None = None,
+        fuse: str = "none",
+        on_unparsed: OnUnparsed = "first_stage",
+    ) -> Reranker:
+        """Build from a template and any generator."""
+        judge = Judge(template, generator, mode=mode, sampling=sampling, instruction=instruction)
+        return cls(judge, parse_fuse(fuse), on_unparsed)
+
+    def rank(
+        self,
+        query: str | Query,
+        documents: Iterable[DocumentLike],
+        *,
+        top_k: int | None = None,
+        first_stage_scores: Sequence[float] | None = None,
+        fields: Mapping[str, str] | None = None,
+    ) -> Ranking:
+        """Rank the documents of one query, best first.
+
+        The order in which documents are given is the first-stage order: it breaks ties and fills gaps.
+
+        Args:
+            query: text or record.
+            documents: texts (their ids are "0", "1", …), mappings or records.
+            top_k: return only this many; all are judged.
+            first_stage_scores: needed to fuse by zscore or minmax.
+            fields: names of `doc_id`, `text` and `title` in mappings.
+
+        Raises:
+            InputError: no documents, or an id twice.
+        """
+        asked = query if isinstance(query, Query) else Query("query", query)
+        records = [read_document(document, index, fields or {}) for index, document in enumerate(documents)]
+        if not records:
+            raise InputError("expected at least one document to rank, found none")
+        if first_stage_scores is None and self.fuse.method in ("zscore", "minmax"):
+            raise InputError(
+                f"fuse={self.fuse} mixes in first-stage scores: pass first_stage_scores, or use rrf or none"
+            )
+        scores = first_stage_scores or [-float(index) for index in range(len(records))]
+        candidates = [
+            ScoredDocument(asked.query_id, document.doc_id, index + 1, score)
+            for index, (document, score) in enumerate(zip(records, scores, strict=True))
+        ]
+        ranking = next(self.rank_many([(asked, records, candidates)]))
+        return replace(ranking, results=ranking.results[:top_k])
+
+    def rank_many(
+        self, jobs: Iterable[tuple[Query, Sequence[Document], Sequence[ScoredDocument]]]
+    ) -> Iterator[Ranking]:
+        """Rank many queries in one stream, so that batches fill across queries.
+
+        Yields the rankings in the order of `jobs`, each as soon as it is complete.
+
+        Args:
+            jobs: query, its documents, and the first-stage lines for the same documents.
+        """
+        waiting: dict[int, tuple[Query, dict[str, Document], Sequence[ScoredDocument], dict[str, Judgment]]] = {}
+        owners: dict[tuple[str, str], list[int]] = {}
+
+        def pairs() -> Iterator[tuple[Query, Document]]:
+            for number, (query, documents, candidates) in enumerate(jobs):
+                by_id = {document.doc_id: document for document in documents}
+                _check_ids(query, documents, candidates, by_id)
+                waiting[number] = (query, by_id, candidates, {})
+                for document in documents:
+                    owners.setdefault((query.query_id, document.doc_id), []).append(number)
+                    yield query, document
+
+        next_number = 0
+        for judgment in self.judge.judge(pairs()):
+            number = owners[(judgment.query_id, judgment.doc_id)].pop(0)
+            waiting[number][3][judgment.doc_id] = judgment
+            while next_number in waiting and len(waiting[next_number][3]) == len(waiting[next_number][1]):
+                yield self.arrange(*waiting.pop(next_number))
+                next_number += 1
+
+    def arrange(
+        self,
+        query: Query,
+        documents: Mapping[str, Document],
+        candidates: Sequence[ScoredDocument],
+        judgments: Mapping[str, Judgment],
+    ) -> Ranking:
+        """Put judged candidates in order; `judgments` and `documents` are by doc_id.
+
+        Raises:
+            TooManyUnparsed: the policy is `error` and a label is missing.
+        """
+        ordered = order(candidates, judgments, fuse=self.fuse, on_unparsed=self.on_unparsed)
+        results = []
+        for rank, (candidate, rank_score) in enumerate(ordered, start=1):
+            judgment = judgments[candidate.doc_id]
+            start, end = judgment.passage
+            results.append(
+                Ranked(
+                    id=candidate.doc_id,
+                    rank=rank,
+                    score=judgment.score,
+                    rank_score=rank_score,
+                    label=judgment.label,
+                    explanation=judgment.explanation,
+                    status=judgment.status,
+                    passage=documents[candidate.doc_id].full_text[start:end],
+                    first_stage_rank=candidate.rank,
+                    judgment=judgment,
+                )
+            )
+        return Ranking(query.query_id, tuple(results))
+
+
+def _check_ids(
+    query: Query,
+    documents: Sequence[Document],
+    candidates: Sequence[ScoredDocument],
+    by_id: Mapping[str, Document],
+) -> None:
+    if len(by_id) < len(documents):
+        ids = sorted(document.doc_id for document in documents)
+        twice = next(doc_id for doc_id, group in groupby(ids) if len(list(group)) > 1)
+        raise InputError(f"query {query.query_id}: document id {twice!r} is there twice; ids must be different")
+    if {candidate.doc_id for candidate in candidates} != set(by_id):
+        raise InputError(f"query {query.query_id}: candidates and documents must have the same ids")
+
+
+def read_document(document: DocumentLike, index: int, fields: Mapping[str, str]) -> Document:
+    """A record from what a user gave; a bare text gets its position as id.
+
+    Raises:
+        InputError: a mapping lacks a text, or the text is not a string.
+    """
+    if isinstance(document, Document):
+        return document
+    if isinstance(document, str):
+        return Document(str(index), document)
+    text = _pick(document, fields.get("text"), TEXT_FIELDS)
+    if not isinstance(text, str):
+        names = fields.get("text") or ", ".join(TEXT_FIELDS)
+        raise InputError(f"document {index}: expected a text under {names}, found the fields {sorted(document)}")
+    doc_id = _pick(document, fields.get("doc_id"), ID_FIELDS)
+    title = _pick(document, fields.get("title"), ("title",))
+    return Document(str(index) if doc_id is None else str(doc_id), text, title="" if title is None else str(title))
+
+
+def _pick(document: Mapping[str, object], name: str | None, names: Sequence[str]) -> object:
+    return next((document[key] for key in ((name,) if name else names) if key in document), None)
