@@ -177,7 +177,8 @@ class Template:
         try:
             return _ADAPTER.validate_python(dict(data))
         except ValidationError as cause:
-            problem = cause.errors(include_url=False)[0]
+            # A misspelt key also leaves its right spelling missing: name what was written first.
+            problem = min(cause.errors(include_url=False), key=lambda found: "unexpected" not in found["type"])
             key = ".".join(str(part) for part in problem["loc"])
             found = problem["msg"].removeprefix("Value error, ")
             raise InputError(f"{where}: template key {key!r}: {found}" if key else f"{where}: {found}") from cause
@@ -436,7 +437,7 @@ class Template:
 
     def _label_on(self, line: str) -> str | None:
         """The label that `line` states, the whole line being a label line."""
-        if len(line) > LONGEST_LABEL_LINE or any(c.isdigit() and not c.isdecimal() for c in line):
+        if len(line) > LONGEST_LABEL_LINE or any(unicodedata.category(c) == "No" for c in line):
             return None  # NFKC would read the footnote in "1\N{SUPERSCRIPT TWO}" as a digit of "12"
         stated = self._label_statement.fullmatch(_normal(line))
         return self._label_of_normal[stated["label"]] if stated else None

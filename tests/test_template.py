@@ -1,0 +1,466 @@
+"""The template's law, its rendering and its identity."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from whyrank.errors import InputError
+from whyrank.generators import ApproximateTokens, Sampling
+from whyrank.template import AnswerWords, Limits, PromptWords, Scale, Template
+
+SHIPPED = ("explain-0-2", "explain-0-10", "explain-0-100", "explain-true-false", "almanac")
+
+THINKING = """
+name = "thinks-first"
+labels = ["false", "true"]
+[prompt]
+task = "Is the passage relevant to the query?"
+query_heading = "Query: "
+document_heading = "Passage: "
+[answer_words]
+explanation_prompt = "<think>"
+separator = "\\n</think>"
+label_prompt = ""
+terminator = ""
+"""
+RULED = """
+name = "ruled"
+labels = "0-10"
+chat_options = { enable_thinking = false }
+[prompt]
+task = "Judge."
+[answer_words]
+explanation_prompt = ""
+separator = "\\n---\\n"
+label_prompt = "**Grade:**"
+terminator = " END"
+"""
+
+
+@dataclass(frozen=True)
+class Words:
+    """One token per run of characters that are not white space: easy to count by hand."""
+
+    def offsets(self, text: str) -> Sequence[tuple[int, int]]:
+        return [match.span() for match in re.finditer(r"\S+", text)]
+
+
+def from_toml(text: str, folder: Path) -> Template:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return Template.load(path)
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Template, ...]:
+    folder = tmp_path_factory.mktemp("templates")
+    users = (from_toml(THINKING, folder), from_toml(RULED, folder))
+    return (*(Template.load(name) for name in SHIPPED), *users)
+
+
+# ---- the law ------------------------------------------------------------------------------------------------
+
+PIECES = st.sampled_from(
+    [
+        *(
+            "Relevance Label: 2 ##",
+            "Relevance Label:",
+            "relevance label : 0",
+            "RELEVANCE LABEL: 1",
+            "**Relevance Label:** 2",
+        ),
+        *(
+            "Ｒｅｌｅｖａｎｃｅ Ｌａｂｅｌ：２",
+            "> Relevance Label: 2",
+            "\u00a0Relevance Label: 0",
+            "- Relevance Label: 10 ##",
+        ),
+        *(
+            "Relevance Label: true ##",
+            "Label: 2",
+            "Label:",
+            "label",
+            "Grade: 3 END",
+            "**Grade:** 3",
+            "Relevance Labels",
+            " ##",
+        ),
+        *(
+            "Explanation:",
+            "Explanation: ",
+            "<think>",
+            "</think>",
+            "<think",
+            "think>",
+            "/think>",
+            "true",
+            "false",
+            "---",
+            "-",
+        ),
+        *(
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|endoftext|>",
+            "<|eot_id|>",
+            "<start_of_turn>",
+            "[INST]",
+            "</s>",
+            "<s>",
+            "<<SYS>>",
+        ),
+        *(
+            "\n",
+            "\n\n",
+            "\r\n",
+            "\r",
+            "\x00",
+            "\x0b",
+            "\x85",
+            "\u2028",
+            " ",
+            "\t",
+            "\\",
+            "\\\\",
+            "＼",
+            "＜",
+            "\u0338",
+            "\u200b",
+        ),
+        *("\n\\Relevance Label: 1", "\\</think>", "<\\/think>", "\\Label: 0", "\n---\n", "----", "-\\--"),
+    ]
+)
+NASTY = st.lists(st.one_of(PIECES, st.text(max_size=8)), max_size=12).map("".join)
+
+
+@given(why=NASTY, pick=st.randoms(use_true_random=False))
+@example(why="", pick=None)
+@example(why=" \n", pick=None)
+@example(why="----", pick=None)
+def test_parse_undoes_answer(templates: tuple[Template, ...], why: str, pick: Any) -> None:
+    for template in templates:
+        labels = template.scale.labels
+        for label in labels if pick is None else [pick.choice(labels)]:
+            assert template.parse(template.answer(label, why)) == (label, why)
+
+
+@given(why=NASTY)
+def test_reading_undoes_escaping(templates: tuple[Template, ...], why: str) -> None:
+    for template in templates:
+        assert template.unescape(template.escape(why)) == why
+        assert template.read_explanation(template.escape(why)) == why.strip()
+
+
+@given(why=NASTY)
+def test_no_stop_fires_inside_an_escaped_explanation(why: str) -> None:
+    # Otherwise a student that has learnt to quote a label line would be cut there at ranking time.
+    for template in map(Template.load, SHIPPED):
+        escaped = f"\n{template.escape(why)}"  # a leading newline stands for the beginning of the text
+        assert not any(stop in escaped for stop in template.stops)
+
+
+@given(text=NASTY)
+def test_parse_takes_any_text(templates: tuple[Template, ...], text: str) -> None:
+    for template in templates:
+        label, explanation = template.parse(text)
+        assert label in {*template.scale.labels, None}
+        assert label is not None or explanation == text
+
+
+@given(before=NASTY, after=NASTY)
+def test_two_labels_are_no_label(before: str, after: str) -> None:
+    # Whatever stands around them, an answer with two different label lines of its own form is not readable; what
+    # stands before a closed thought is not part of the answer.
+    assume("</think>" not in after)
+    text = f"{before}\nRelevance Label: 1 ##\n{after}\n\nRelevance Label: 2 ##"
+    assert Template.load("explain-0-2").parse(text).label is None
+
+
+def test_direct_answer_is_read(templates: tuple[Template, ...]) -> None:
+    for template in templates:
+        for label in template.scale.labels:
+            assert template.parse(template.answer(label, "unused", "direct")) == (label, "")
+
+
+def test_answer_parts_join_to_the_answer() -> None:
+    template = Template.load("explain-0-2")
+    parts = template.answer_parts("2", "because")
+    assert parts == ((True, "Explanation:"), (False, " because"), (True, "\n\nRelevance Label: 2 ##"))
+    assert template.answer("2", "because") == "Explanation: because\n\nRelevance Label: 2 ##"
+
+
+def test_label_outside_the_scale_is_refused() -> None:
+    with pytest.raises(InputError, match=r"expected one of the labels 0, 1, 2, found '3'"):
+        Template.load("explain-0-2").answer("3", "because")
+
+
+def test_escape_leaves_plain_text_alone_and_marks_structure() -> None:
+    template = Template.load("explain-0-2")
+    assert template.escape("The relevance label is 2.\n2 < 3 and \\n stays.") == (
+        "The relevance label is 2.\n2 < 3 and \\n stays."
+    )
+    assert template.escape("So\n  Relevance Label: 2") == "So\n\\  Relevance Label: 2"
+    assert template.escape("<think> and <\\think>") == "<\\think> and <\\\\think>"
+
+
+# ---- templates of users -------------------------------------------------------------------------------------
+
+
+def test_thinking_template_reads_what_follows_the_thought(tmp_path: Path) -> None:
+    template = from_toml(THINKING, tmp_path)
+    assert template.stops == ("</think>",)
+    assert template.label_prompt("explain") == "\n</think>"
+    assert template.label_texts == (" false", " true")
+    assert template.answer("true", "Same lake.") == "<think> Same lake.\n</think> true"
+    assert template.parse("<think>\nThe query asks for a lake. It is one.\n</think> true") == (
+        "true",
+        "The query asks for a lake. It is one.",
+    )
+    assert template.parse("Okay, a lake.</think>\n\nfalse\n") == ("false", "Okay, a lake.")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<think>\nIs it true or false? It is\ntrue",  # cut off within the thought
+        "<think>one</think> false <think>two</think> true",  # two answers
+        "<think>one</think> true, I think",
+        "<think>one</think>",
+        "It is true",
+    ],
+)
+def test_thinking_template_does_not_guess(tmp_path: Path, answer: str) -> None:
+    assert from_toml(THINKING, tmp_path).parse(answer) == (None, answer)
+
+
+def test_thought_that_is_cut_off_has_no_label_line(tmp_path: Path) -> None:
+    template = from_toml(THINKING.replace('label_prompt = ""', 'label_prompt = "\\nVerdict:"'), tmp_path)
+    assert template.parse("<think>It says\nVerdict: true").label is None
+    assert template.parse("<think>It says so</think>\nVerdict: true") == ("true", "It says so")
+
+
+def test_terminator_word_and_marked_prompt_are_read_loosely(tmp_path: Path) -> None:
+    template = from_toml(RULED, tmp_path)
+    assert template.parse("Some reason.\n---\nGrade: 10") == ("10", "Some reason.")
+    assert template.parse("Some reason.\n---\n**Grade:** 10 END") == ("10", "Some reason.")
+    assert template.parse("Some reason.\n---\nGrade: 1 0 END").label is None
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    with pytest.raises(InputError) as caught:
+        from_toml(text, tmp_path)
+    return str(caught.value)
+
+
+def test_unknown_keys_are_refused_by_file_and_name(tmp_path: Path) -> None:
+    assert "mine.toml: template key 'lables'" in refused(tmp_path, THINKING.replace("labels =", "lables ="))
+    assert "mine.toml: template key 'prompt.ask'" in refused(tmp_path, THINKING.replace("task =", "ask ="))
+    assert "mine.toml: template key 'answer_words.stop'" in refused(tmp_path, THINKING + 'stop = "x"\n')
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('["false", "true"]', '["true"]', "1 label words need as many values"),
+        ('["false", "true"]', '["True", "true"]', "two different labels"),
+        ('["false", "true"]', '["false ", "true"]', "without space around it"),
+        ('["false", "true"]', '["no", "not"]', "give a terminator"),
+        ('["false", "true"]', '"0-10"', "give a terminator"),  # " 10" begins with " 1"
+        ('["false", "true"]', '"0-5"', "expected labels to be one of"),
+        ('["false", "true"]', '["false", "true"]\nvalues = [0.0, nan]', "finite values"),
+        ('["false", "true"]', '["false", "true"]\nvalues = [0.0]', "need as many values"),
+        ('separator = "\\n</think>"', 'separator = "\\n"', "must say where the label begins"),
+        ('separator = "\\n</think>"', "separator = '\\n'", "cannot hold a backslash"),
+        ('label_prompt = ""', 'label_prompt = "=>"', "expected words in label_prompt"),
+        ('terminator = ""', 'terminator = ""\nthinking = ["<think>", ""]', "both thinking tags or none"),
+        ("name =", "name", "expected TOML"),
+    ],
+)
+def test_template_that_could_not_be_read_back_is_refused(tmp_path: Path, before: str, after: str, message: str) -> None:
+    assert THINKING.count(before) == 1
+    found = refused(tmp_path, THINKING.replace(before, after))
+    assert "mine.toml" in found
+    assert message in found
+
+
+def test_missing_template_names_what_there_is() -> None:
+    with pytest.raises(
+        InputError, match=r"no template 'explain-0-3': give a TOML file or one of almanac, explain-0-10,"
+    ):
+        Template.load("explain-0-3")
+
+
+# ---- rendering ----------------------------------------------------------------------------------------------
+
+
+def text_of(template: Template, query: str, document: str, **options: Any) -> str:
+    request = template.render(query, document, Words(), **options).request
+    return "".join(segment.text for segment in request.segments)
+
+
+def test_render_puts_the_document_last_and_the_query_before_it() -> None:
+    template = Template(name="t", prompt=PromptWords(task="Judge.", explain_format="Explain.", system="Be brief."))
+    request = template.render("why rust", "iron and water", Words()).request
+    assert [(segment.role, segment.kind, segment.text) for segment in request.segments] == [
+        ("system", "instruction", "Be brief."),
+        ("user", "instruction", "Judge.\n\nExplain.\n\nQuery:\n"),
+        ("user", "query", "why rust"),
+        ("user", "instruction", "\n\nDocument:\n"),
+        ("user", "document", "iron and water"),
+        ("assistant", "structure", "Explanation:"),
+    ]
+    assert request.labels == (" 0 ##", " 1 ##", " 2 ##")
+    assert request.label_prompt == "\n\nRelevance Label:"
+    assert request.stops == ("\nRelevance Label:",)
+    assert request.sampling == Sampling(temperature=0.0, max_tokens=256, seed=0)
+
+
+@given(query=st.text(max_size=30), first=st.text(max_size=60), second=st.text(max_size=60))
+def test_candidates_of_a_query_share_all_but_the_document(query: str, first: str, second: str) -> None:
+    template = Template.load("explain-0-2")
+    one, two = (template.render(query, text, Words()).request.segments for text in (first, second))
+    assert one[:3] == two[:3]
+    assert [(segment.role, segment.kind) for segment in one] == [(segment.role, segment.kind) for segment in two]
+
+
+@given(num_query=st.integers(0, 9), num_document=st.integers(0, 9), spaces=st.integers(1, 3))
+def test_cuts_are_counted_in_the_tokens_given(num_query: int, num_document: int, spaces: int) -> None:
+    template = replace(Template.load("explain-0-2"), limits=Limits(max_query_tokens=4, max_document_tokens=6))
+    query, document = (" " * spaces).join(["qq"] * num_query), (" " * spaces).join(["dd"] * num_document)
+    rendered = template.render(query, document, Words())
+    # n tokens of 2 characters with `spaces` between them take 2n + (n - 1) * spaces characters.
+    kept = min(num_document, 6)
+    length = 2 * kept + max(kept - 1, 0) * spaces
+    assert rendered.passage == (0, length)
+    assert rendered.request.text_of("document") == document[:length]
+    assert rendered.request.text_of("query").split() == ["qq"] * min(num_query, 4)
+    assert rendered.is_document_cut == (num_document > 6)
+    assert rendered.is_query_cut == (num_query > 4)
+
+
+def test_instruction_is_never_cut_and_can_be_replaced() -> None:
+    template = replace(Template.load("explain-0-2"), limits=Limits(max_query_tokens=1, max_document_tokens=1))
+    assert template.prompt.task in text_of(template, "q r", "d e")
+    replaced = text_of(template, "q r", "d e", instruction="Only legal texts help.")
+    assert template.prompt.task not in replaced
+    assert replaced.startswith(
+        f"Only legal texts help.\n\n{template.prompt.explain_format}\n\nQuery:\nq\n\nDocument:\nd"
+    )
+
+
+def test_huge_document_is_cut_before_it_is_measured() -> None:
+    measured: list[int] = []
+
+    class Counting(Words):
+        def offsets(self, text: str) -> Sequence[tuple[int, int]]:
+            measured.append(len(text))
+            return super().offsets(text)
+
+    rendered = Template.load("explain-0-2").render("q", "x" * 5_000_000, Counting())
+    assert rendered.is_document_cut
+    assert max(measured) <= 32 * 2048
+
+
+def test_direct_mode_asks_for_the_label_alone() -> None:
+    template = Template.load("explain-0-2")
+    request = template.render("q", "d", Words(), mode="direct").request
+    assert request.is_direct
+    assert request.label_prompt == "Relevance Label:"
+    assert request.segments[-1].kind == "document"
+    assert template.prompt.direct_format in request.segments[0].text
+    assert template.prompt.explain_format not in request.segments[0].text
+
+
+def test_empty_words_leave_no_blank_lines() -> None:
+    assert text_of(Template.load("almanac"), "frost", "buds") == "Query: frost\n\nDocument: budsExplanation:"
+
+
+# ---- scale and identity -------------------------------------------------------------------------------------
+
+
+def test_scales() -> None:
+    assert Template.load("explain-0-2").scale == Scale(("0", "1", "2"), (0.0, 1.0, 2.0))
+    assert len(Template.load("explain-0-10").scale.labels) == 11
+    assert Template.load("explain-0-100").scale.labels[78] == "78"
+    words = Template.load("explain-true-false").scale
+    assert words.expected((0.25, 0.75)) == 0.75  # the probability of true
+    assert words.label_of(1.0) == "true"
+    # 0.5 * 0 + 0.25 * 1 + 0.25 * 2
+    assert Template.load("explain-0-2").scale.expected((0.5, 0.25, 0.25)) == 0.75
+    with pytest.raises(InputError, match=r"found 0\.5"):
+        words.label_of(0.5)
+
+
+def test_ten_is_not_one() -> None:
+    template = Template.load("explain-0-10")
+    assert template.parse(template.answer("10", "x")).label == "10"
+    assert template.parse(template.answer("1", "x")).label == "1"
+    texts = template.label_texts
+    assert not any(long.startswith(short) for short in texts for long in texts if short != long)
+
+
+def changes() -> list[dict[str, Any]]:
+    answer, prompt, limits = AnswerWords(), PromptWords(task="t"), Limits()
+    return [
+        {"name": "other"},
+        {"labels": "0-10"},
+        {"labels": ("no", "yes")},
+        {"labels": ("no", "yes"), "values": (0.0, 2.0)},
+        {"chat_options": {"enable_thinking": False}},
+        *({"prompt": replace(prompt, **{key: "zzz"})} for key in prompt.__dataclass_fields__),
+        {"answer_words": replace(answer, explanation_prompt="zzz")},
+        {"answer_words": replace(answer, separator="zzz")},
+        {"answer_words": replace(answer, label_prompt="zzz")},
+        {"answer_words": replace(answer, terminator="zzz")},
+        {"answer_words": replace(answer, thinking=("<t>", "</t>"))},
+        *({"limits": replace(limits, **{key: 7})} for key in limits.__dataclass_fields__),
+    ]
+
+
+def test_version_changes_with_every_field() -> None:
+    base = Template(name="t", prompt=PromptWords(task="t"))
+    versions = [base.version, *(replace(base, **change).version for change in changes())]
+    assert len(set(versions)) == len(versions)
+    assert re.fullmatch(r"t@[0-9a-f]{8}", base.version)
+    assert Template(name="t", prompt=PromptWords(task="t")).version == base.version
+
+
+def test_asks_like_ignores_limits_and_name_only() -> None:
+    base = Template(name="t", prompt=PromptWords(task="t"))
+    assert base.asks_like(replace(base, name="u", limits=Limits(max_document_tokens=9)))
+    assert not base.asks_like(replace(base, labels="0-10"))
+    assert not base.asks_like(replace(base, prompt=PromptWords(task="u")))
+
+
+def test_dict_survives_json(templates: tuple[Template, ...]) -> None:
+    for template in templates:
+        data = json.loads(json.dumps(template.to_dict()))
+        again = Template.from_dict(data, where="checkpoint")
+        assert again == template
+        assert again.version == template.version
+
+
+def test_every_shipped_format_shows_its_own_answer_shape() -> None:
+    # What the chat model is told to write must be what `parse` reads.
+    for name in SHIPPED[:-1]:
+        template = Template.load(name)
+        for form in (template.prompt.explain_format, template.prompt.direct_format):
+            shown = form.rstrip().splitlines()[-1]
+            label = template.scale.labels[-1]
+            filled = re.sub(r"<[^>]*>", label, shown)
+            assert filled == f"{template.answer_words.label_prompt} {label}{template.answer_words.terminator}"
+            assert template.parse(filled).label == label
+
+
+def test_limits_of_the_almanac_are_small() -> None:
+    assert Template.load("almanac").limits == Limits(96, 96, 64)
+    assert len(ApproximateTokens().offsets("x" * 9)) == 3  # 4 + 4 + 1 characters
