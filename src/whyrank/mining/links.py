@@ -31,7 +31,7 @@ SEARCH = re.compile(
 )
 SHOP = re.compile(r"rads\.stackoverflow\.com|(?:www\.|smile\.)?amazon\.[a-z.]+|amzn\.(?:to|com)")
 PLACEHOLDER = re.compile(r"(?:.+\.)?(?:example\.(?:com|org|net)|localhost|local|test|invalid|example)")
-HOSTNAME = re.compile(r"[^\s/?#@\[\]:]+|\[[0-9a-f:.]+\]", re.I)
+HOSTNAME = re.compile(r"[^\s/?#@\[\]:]+|[0-9a-f:.]+", re.I)
 UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}|%|[^A-Za-z0-9\-._~!$&'()*+,;=:@/?]")
 ONSITE_POST = re.compile(r"/(?:questions|q|a)/(\d+)(?:/[^/]*(?:/(\d+))?)?/?")

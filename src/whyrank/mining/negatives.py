@@ -9,9 +9,10 @@ from itertools import islice
 
 from whyrank.mining.config import MiningConfig
 from whyrank.records import Document, Pair, Query, ScoredDocument
+from whyrank.search import Bm25Config, Bm25Index
 from whyrank.store import content_key
 
-__all__ = ["FirstStage", "Search", "negative_pairs"]
+__all__ = ["FirstStage", "Search", "bm25", "negative_pairs"]
 
 Search = Callable[[Sequence[Query], int], Mapping[str, Sequence[ScoredDocument]]]
 """`(queries, top_k)` to the best documents of each query, by query id, best first."""
@@ -21,6 +22,11 @@ FirstStage = Callable[[Sequence[Document]], Search]
 
 BATCH = 1000
 """Queries searched at once; bounds the memory of the results."""
+
+
+def bm25(documents: Sequence[Document], config: Bm25Config | None = None) -> Search:
+    """The default first stage."""
+    return Bm25Index.build(documents, config).search
 
 
 def negative_pairs(

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from whyrank.datasets.trec import write_trec_qrels
 from whyrank.mining.config import MiningConfig
 from whyrank.mining.pairs import Mined, is_test
-from whyrank.records import Pair
-from whyrank.store import Manifest, atomic_path, write_jsonl
+from whyrank.records import Qrel
+from whyrank.store import Manifest, write_jsonl
 
 __all__ = ["write"]
 
@@ -42,14 +43,10 @@ def write(
         pairs = [pair for pair in mined.pairs if (pair.query_id in tests) == (split == "test")]
         counts[f"{split}.queries"] = write_jsonl(directory / split / "queries.jsonl", queries)
         counts[f"{split}.pairs"] = write_jsonl(directory / split / "pairs.jsonl", pairs)
-        counts[f"{split}.qrels"] = _write_qrels(directory / split / "qrels.trec", pairs)
+        counts[f"{split}.qrels"] = write_trec_qrels(
+            directory / split / "qrels.trec",
+            (Qrel(pair.query_id, pair.doc_id, 1) for pair in pairs if pair.relation == "linked"),
+        )
     manifest = manifest.finished(clock_start, counts=counts)
     manifest.write(directory)
     return manifest
-
-
-def _write_qrels(path: Path, pairs: Iterable[Pair]) -> int:
-    lines = [f"{pair.query_id} 0 {pair.doc_id} 1\n" for pair in pairs if pair.relation == "linked"]
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
-    return len(lines)

@@ -22,7 +22,7 @@ from whyrank.mining.corpus import (
 )
 from whyrank.mining.decontamination import Excluded
 from whyrank.mining.links import drop_reason, normalise, onsite_post_id
-from whyrank.mining.negatives import FirstStage, negative_pairs
+from whyrank.mining.negatives import FirstStage, bm25, negative_pairs
 from whyrank.mining.pages import PageStore
 from whyrank.mining.stackexchange import Link, Post
 from whyrank.records import Document, Pair, Query
@@ -67,6 +67,7 @@ class Threads:
             threads.answers[post.post_id] = post
             threads.answers_of.setdefault(post.parent_id, []).append(post)
             counts["answers.with_links"] += any(link.kind == "anchor" for link in post.links)
+            counts["links"] += len(post.links)
             for link in post.links:
                 counts[f"links.{link.kind}"] += 1
         counts["questions"], counts["answers"] = len(threads.questions), len(threads.answers)
@@ -210,9 +211,9 @@ def mine(
     posts: Iterable[Post],
     pages: PageStore,
     config: MiningConfig,
-    first_stage: FirstStage,
     *,
     exclude_texts: Iterable[str] = (),
+    first_stage: FirstStage = bm25,
     counts: Counter[str] | None = None,
 ) -> Mined:
     """Mine one dump: linked pairs with their evidence, then hard and random negatives.
