@@ -1,0 +1,1 @@
+"""Teaching a small model to explain and label."""

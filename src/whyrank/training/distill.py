@@ -1,0 +1,246 @@
+"""Supervised fine-tuning on explanation and label (the paper's first stage).
+
+Deviations from arXiv 2504.03947: full fine-tuning (no adapters yet), no query-generation task, any teacher.
+The loss is the mean negative log-likelihood per answer token of a batch; the prompt carries none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from whyrank.checkpoint import Card
+from whyrank.errors import InputError
+from whyrank.generators.hf.chat import ChatTokens
+from whyrank.generators.hf.load import Device, load_model, load_tokenizer, resolve_device
+from whyrank.records import Document, Judgment, Mode, Query
+from whyrank.store import content_key
+from whyrank.template import Template
+from whyrank.training.checkpoints import TrainingState, load_state, save_checkpoint, save_state
+from whyrank.training.examples import IGNORED, Example, collate, examples_of
+from whyrank.training.tiny import TinyConfig, tiny_model, tiny_tokenizer
+
+__all__ = ["DistillConfig", "Distilled", "Step", "distill", "learning_rate_at"]
+
+
+@dataclass(frozen=True, slots=True)
+class DistillConfig:
+    """How a student is trained."""
+
+    model: str = "tiny"
+    """Where to start: `tiny` (from scratch), a folder or a hub id."""
+    modes: tuple[Mode, ...] = ("explain",)
+    """What the student learns: explain, direct or both."""
+    num_steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Examples per step."""
+    learning_rate: float = 3e-3
+    """Peak learning rate; it decays linearly to zero. 3e-3 suits tiny models from scratch, 1e-5 pretrained ones."""
+    num_warmup_steps: int = 40
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Matrix products; weights stay float32. auto is bfloat16 where the hardware multiplies it."""
+    device: Device = "auto"
+    """Where to train; auto prefers CUDA, then MPS, then the CPU."""
+    save_every: int = 200
+    """Steps between the states from which a killed run resumes."""
+    seed: int = 0
+    """Fixes weights, data order and everything else that is drawn."""
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+    """Shape of a model that starts from scratch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of the training log. `loss` is in nats per answer token; `seconds` is wall time so far."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Distilled:
+    """What training produced."""
+
+    checkpoint: Path
+    num_examples: int
+    num_left_out: int
+    num_parameters: int
+    history: tuple[Step, ...]
+
+
+def distill(
+    judgments: Sequence[Judgment],
+    queries: Mapping[str, Query],
+    documents: Mapping[str, Document],
+    template: Template,
+    out: Path,
+    config: DistillConfig = DistillConfig(),
+    *,
+    is_demo: bool = False,
+    on_step: Callable[[Step], None] | None = None,
+) -> Distilled:
+    """Train a student on judgments and save it as a Hugging Face checkpoint in `out`, with its `whyrank.json`.
+
+    A run that was killed resumes from its last saved state when called again with the same data and config.
+
+    Args:
+        judgments: those without a label are left out and counted.
+        queries: by query_id.
+        documents: by doc_id.
+        template: the prompt and answer shape to teach.
+        out: folder of the checkpoint; `out/state` holds what resuming needs until training is over.
+        config: how to train.
+        is_demo: mark the checkpoint as the embedded demo model.
+        on_step: called after every optimizer step.
+
+    Raises:
+        InputError: nothing to learn from, or an example does not fit the model.
+    """
+    device = resolve_device(config.device)
+    tokenizer, model = _student(judgments, queries, documents, template, config, device)
+    tokens = ChatTokens(tokenizer)
+    examples = list(examples_of(judgments, queries, documents, template, tokens, config.modes))
+    _check(examples, model)
+    identity = content_key(template.version, repr(config), *(judgment.key for judgment in judgments))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    state = load_state(out / "state", model, optimizer, identity)
+    history = [Step(**step) for step in state.history] if state else []
+    model.train()
+    clock = time.perf_counter() - (history[-1].seconds if history else 0.0)
+    batches = _batches(examples, config, num_done=len(history))
+    for number in range(len(history), config.num_steps):
+        ids, mask, targets = (tensor.to(device) for tensor in collate(next(batches), _pad_id(tokenizer)))
+        rate = learning_rate_at(number, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with _autocast(config, device):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        loss = answer_loss(logits, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step = Step(number + 1, loss.item(), rate, int(mask.sum()), time.perf_counter() - clock)
+        if not math.isfinite(step.loss):
+            raise InputError(f"the loss is {step.loss} at step {step.step}; lower --learning-rate")
+        history.append(step)
+        if on_step:
+            on_step(step)
+        if step.step % config.save_every == 0 and step.step < config.num_steps:
+            save_state(out / "state", model, optimizer, TrainingState(identity, [asdict(s) for s in history]))
+    result = Distilled(
+        checkpoint=out,
+        num_examples=len(examples),
+        num_left_out=sum(judgment.label is None for judgment in judgments),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        history=tuple(history),
+    )
+    provenance = {"config": json.loads(json.dumps(asdict(config))), "num_examples": len(examples), "identity": identity}
+    card = Card(template, config.modes, tokens.label_tokens(template), is_demo=is_demo, training=provenance)
+    save_checkpoint(out, model, tokenizer, card)
+    return result
+
+
+def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood in nats over the tokens that have a target, in float32.
+
+    Args:
+        logits: `(rows, length, vocabulary)`; position i predicts token i + 1.
+        targets: `(rows, length)`, `IGNORED` where there is no loss.
+    """
+    wanted = targets[:, 1:] != IGNORED
+    return cross_entropy(logits[:, :-1][wanted].float(), targets[:, 1:][wanted])
+
+
+def learning_rate_at(step: int, config: DistillConfig) -> float:
+    """Linear rise over the warm-up, then linear decay; step 0 is the first and never has rate 0."""
+    if step < config.num_warmup_steps:
+        return config.learning_rate * (step + 1) / config.num_warmup_steps
+    remaining = config.num_steps - step
+    return config.learning_rate * remaining / max(1, config.num_steps - config.num_warmup_steps)
+
+
+def _student(
+    judgments: Sequence[Judgment],
+    queries: Mapping[str, Query],
+    documents: Mapping[str, Document],
+    template: Template,
+    config: DistillConfig,
+    device: torch.device,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    if config.model != "tiny":
+        return load_tokenizer(config.model), load_model(config.model, device, torch.float32)
+    texts = [text for label in template.scale.labels for text in (template.answer(label, ""),) * len(judgments)]
+    texts += [query.text for query in queries.values()]
+    texts += [document.full_text for document in documents.values()]
+    texts += [f" {judgment.explanation}" for judgment in judgments]
+    texts += [template.prompt.task, template.prompt.query_heading, template.prompt.document_heading]
+    tokenizer = tiny_tokenizer(texts, config.tiny.vocab_size)
+    model = tiny_model(tokenizer, config.tiny, config.seed)
+    torch.nn.Module.to(model, device)
+    return tokenizer, model
+
+
+def _check(examples: Sequence[Example], model: PreTrainedModel) -> None:
+    if not examples:
+        raise InputError("expected judgments with labels to learn from, found none")
+    longest = max(len(example.ids) for example in examples)
+    holds = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(holds, int) and longest > holds:
+        raise InputError(
+            f"the longest example has {longest} tokens, the model holds {holds}; lower the template's limits"
+        )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return cast(int, tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
+
+
+def _batches(examples: Sequence[Example], config: DistillConfig, num_done: int) -> Iterator[list[Example]]:
+    """Endless epochs in a seeded order; the order of step n does not depend on where a run was resumed.
+
+    Within a window of several batches, examples of similar length go together, so that little is padded.
+    """
+    rng = random.Random(config.seed)
+    number = 0
+    while True:
+        order = list(range(len(examples)))
+        rng.shuffle(order)
+        window = config.batch_size * 16
+        epoch: list[list[int]] = []
+        for start in range(0, len(order), window):
+            near = sorted(order[start : start + window], key=lambda i: len(examples[i].ids))
+            epoch += [near[at : at + config.batch_size] for at in range(0, len(near), config.batch_size)]
+        rng.shuffle(epoch)
+        for batch in epoch:
+            number += 1
+            if number > num_done:
+                yield [examples[i] for i in batch]
+
+
+def _autocast(config: DistillConfig, device: torch.device) -> torch.autocast | nullcontext[None]:
+    is_fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    if config.precision == "bfloat16" or (config.precision == "auto" and is_fast):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()

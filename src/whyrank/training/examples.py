@@ -1,0 +1,84 @@
+"""From judgments to token ids with a loss mask, exactly as they will be asked at ranking time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whyrank.errors import InputError
+from whyrank.generators.hf.chat import ChatTokens
+from whyrank.records import Document, Judgment, Mode, Query
+from whyrank.template import Template
+
+__all__ = ["IGNORED", "Example", "collate", "examples_of"]
+
+IGNORED = -100  # target id that torch's cross-entropy passes over
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of prompt and answer; the loss is on everything from `num_prompt` on."""
+
+    ids: tuple[int, ...]
+    num_prompt: int
+
+
+def examples_of(
+    judgments: Iterable[Judgment],
+    queries: Mapping[str, Query],
+    documents: Mapping[str, Document],
+    template: Template,
+    tokens: ChatTokens,
+    modes: Sequence[Mode] = ("explain",),
+) -> Iterator[Example]:
+    """One example per readable judgment and mode; judgments without a label are left out.
+
+    The document is cut as it was for the teacher by the template's own limit, so that training and ranking see
+    the same text.
+
+    Raises:
+        InputError: a judgment's query or document is not given, or its label is not on the template's scale.
+    """
+    for judgment in judgments:
+        if judgment.label is None:
+            continue
+        query, document = queries.get(judgment.query_id), documents.get(judgment.doc_id)
+        if query is None or document is None:
+            missing = f"query {judgment.query_id!r}" if query is None else f"document {judgment.doc_id!r}"
+            raise InputError(
+                f"judgment of ({judgment.query_id}, {judgment.doc_id}): {missing} is not in the given files"
+            )
+        for mode in modes:
+            prompt = tokens.prompt_ids(template.render(query.text, document.full_text, tokens, mode=mode).request)
+            answer = _answer_ids(template, tokens, judgment.label, judgment.explanation, mode)
+            yield Example((*prompt, *answer), len(prompt))
+
+
+def _answer_ids(template: Template, tokens: ChatTokens, label: str, why: str, mode: Mode) -> list[int]:
+    """What the model is to write; the explanation prompt already ends the prompt."""
+    parts = template.answer_parts(label, why, mode)
+    written = parts[1:] if mode == "explain" else parts
+    ids: list[int] = []
+    for is_structure, text in written:
+        ids += tokens.encode_structure(text) if is_structure else tokens.encode_text(text)
+    return ids + sorted(tokens.eos_ids)[:1]
+
+
+def collate(examples: Sequence[Example], pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and targets, each `(examples, longest)`, padded on the right.
+
+    Targets are the ids themselves where there is a loss and `IGNORED` elsewhere; the caller shifts them.
+    """
+    longest = max(len(example.ids) for example in examples)
+    ids = torch.full((len(examples), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(examples), longest), dtype=torch.long)
+    targets = torch.full((len(examples), longest), IGNORED, dtype=torch.long)
+    for row, example in enumerate(examples):
+        length = len(example.ids)
+        ids[row, :length] = torch.tensor(example.ids)
+        mask[row, :length] = 1
+        targets[row, example.num_prompt : length] = ids[row, example.num_prompt : length]
+    return ids, mask, targets
