@@ -1,0 +1,36 @@
+"""The almanac: an embedded, hand-written collection in which ranking needs reasoning.
+
+Queries report two observations in lay words; documents explain mechanisms in textbook words. Each observation fits
+several mechanisms, and only both together decide; the setting must match too. Word overlap says nothing about the
+label. It is a model organism and the offline demonstration, never a measure of quality on real text.
+"""
+
+from __future__ import annotations
+
+from whyrank.almanac.collection import NUM_CANDIDATES, Collection, GoldExplanation, build
+from whyrank.almanac.grammar import REPEAT_PROBABILITY, DocumentFacts, QueryFacts
+from whyrank.almanac.loading import domain_names, load_knowledge
+from whyrank.almanac.reasoning import MAX_EXPLANATION_WORDS, Reasoning
+from whyrank.almanac.schema import Domain, Knowledge, Mechanism, Observation, Setting
+from whyrank.almanac.splits import SPLITS, Split
+
+__all__ = [
+    "MAX_EXPLANATION_WORDS",
+    "NUM_CANDIDATES",
+    "REPEAT_PROBABILITY",
+    "SPLITS",
+    "Collection",
+    "DocumentFacts",
+    "Domain",
+    "GoldExplanation",
+    "Knowledge",
+    "Mechanism",
+    "Observation",
+    "QueryFacts",
+    "Reasoning",
+    "Setting",
+    "Split",
+    "build",
+    "domain_names",
+    "load_knowledge",
+]

@@ -1,0 +1,197 @@
+"""Writes queries and documents from the almanac's knowledge.
+
+Pure functions of their arguments and a `random.Random`, of which only `random()` is used: its sequence is the only
+one that Python guarantees across versions and platforms, so the texts are the same bytes everywhere.
+
+Repetition. A document may quote a lay phrase. The quote is never evidence, alone or with the rest of the text:
+
+- with probability `REPEAT_PROBABILITY` it is one of the query's two phrases, whatever the label, so that word
+  overlap says nothing about the label;
+- with the same probability it is another phrase, drawn so that a quote fits the document's own mechanism in half of
+  all cases, whatever the label: a reader of the document alone learns nothing from whether they fit;
+- otherwise the document ends in a sentence without a quote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import TypeVar
+
+from whyrank.almanac.reasoning import Reasoning
+from whyrank.almanac.schema import Common, Domain, Knowledge, Mechanism, Setting
+
+__all__ = [
+    "REPEAT_PROBABILITY",
+    "DocumentFacts",
+    "QueryFacts",
+    "document_text",
+    "draw_document",
+    "draw_query",
+    "pick",
+    "query_text",
+    "reason",
+    "shuffled",
+]
+
+T = TypeVar("T")
+REPEAT_PROBABILITY = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class QueryFacts:
+    """What a query says: ids of the knowledge, and the words it uses. `observations` are in the text's order."""
+
+    domain: str
+    mechanism: str
+    setting: str
+    observations: tuple[str, str]
+    phrases: tuple[str, str]
+    thing: str
+    is_held_out_phrasing: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentFacts:
+    """What a document says. `quoted` is the lay phrase it quotes, and `None` if it quotes none; a quote is not
+    evidence. Ids are those of the document's own `domain`; the quote may come from another."""
+
+    domain: str
+    mechanism: str
+    setting: str
+    statement: str
+    thing: str
+    quoted: str | None
+
+
+def pick(rng: Random, items: Sequence[T]) -> T:
+    """One of the items, all equally likely."""
+    return items[int(rng.random() * len(items))]
+
+
+def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
+    """The items in random order."""
+    keys = [rng.random() for _ in items]
+    return [items[index] for index in sorted(range(len(items)), key=keys.__getitem__)]
+
+
+# ---- queries -------------------------------------------------------------------------------------------------
+
+
+def draw_query(
+    rng: Random,
+    domain: Domain,
+    mechanism: Mechanism,
+    pair: tuple[str, str],
+    setting: Setting,
+    *,
+    is_held_out_phrasing: bool,
+) -> QueryFacts:
+    """The facts of a query: the two observations in random order, a phrasing for each, and a thing."""
+    first, second = shuffled(rng, pair)
+    phrases = tuple(pick(rng, domain.observation(entry).shown(is_held_out_phrasing)) for entry in (first, second))
+    return QueryFacts(
+        domain=domain.name,
+        mechanism=mechanism.id,
+        setting=setting.id,
+        observations=(first, second),
+        phrases=(phrases[0], phrases[1]),
+        thing=pick(rng, setting.things),
+        is_held_out_phrasing=is_held_out_phrasing,
+    )
+
+
+def query_text(rng: Random, facts: QueryFacts, domain: Domain, common: Common) -> str:
+    """A forum post: opening, place and trouble in either order, and a detail that does not matter (or only one of
+    the two: both in half of the posts)."""
+    place = pick(rng, domain.query_frames).format(thing=facts.thing)
+    trouble = pick(rng, common.connections).format(first=facts.phrases[0], second=facts.phrases[1])
+    body = [place, trouble] if rng.random() < 0.5 else [trouble, place]
+    opening, detail = pick(rng, common.openings), pick(rng, common.details)
+    shape = rng.random()
+    if shape < 0.5:
+        return " ".join([opening, *body, detail])
+    return " ".join([opening, *body] if shape < 0.75 else [*body, detail])
+
+
+# ---- documents -----------------------------------------------------------------------------------------------
+
+
+def draw_document(
+    rng: Random,
+    knowledge: Knowledge,
+    domain: Domain,
+    mechanism: Mechanism,
+    setting: Setting,
+    query: QueryFacts,
+    *,
+    share_elsewhere: float,
+) -> DocumentFacts:
+    """The facts of a candidate for `query`; its thing is never the query's own.
+
+    Args:
+        rng: the source of chance.
+        knowledge: the domains that quotes may come from.
+        domain: the document's domain; `mechanism` and `setting` are of this domain.
+        mechanism: what the document explains.
+        setting: what it is written for.
+        query: the query it is a candidate for.
+        share_elsewhere: the share of other domains among this query's candidates of label 0, in [0, 1].
+    """
+    is_held_out = query.is_held_out_phrasing
+    statement = pick(rng, mechanism.shown(is_held_out))
+    thing = pick(rng, [thing for thing in setting.things if thing != query.thing])
+    chance = rng.random()
+    quoted = None
+    if chance < REPEAT_PROBABILITY:
+        quoted = pick(rng, query.phrases)
+    elif chance < 2 * REPEAT_PROBABILITY:
+        quoted = _other_phrase(rng, knowledge, domain, mechanism, query, share_elsewhere)
+    return DocumentFacts(domain.name, mechanism.id, setting.id, statement, thing, quoted)
+
+
+def _other_phrase(
+    rng: Random,
+    knowledge: Knowledge,
+    domain: Domain,
+    mechanism: Mechanism,
+    query: QueryFacts,
+    share_elsewhere: float,
+) -> str:
+    """A phrase that is not the query's.
+
+    The query's own phrase fits this mechanism with probability `num_fitting / 2`; the other phrase fits with the
+    rest, which makes one half together. Candidates of other domains quote the query's phrase from elsewhere;
+    relevant ones quote a phrase from elsewhere as often.
+    """
+    num_fitting = sum(entry in mechanism.observations for entry in query.observations if domain.name == query.domain)
+    if rng.random() >= num_fitting / 2:
+        choice = [entry for entry in domain.observations if entry.id in mechanism.observations]
+    elif num_fitting == 2 and rng.random() < share_elsewhere:
+        other = pick(rng, [entry for entry in knowledge.domains if entry.name != domain.name])
+        choice = list(other.observations)
+    else:
+        choice = [entry for entry in domain.observations if entry.id not in mechanism.observations]
+    asked = query.observations if domain.name == query.domain else ()
+    return pick(rng, pick(rng, [o for o in choice if o.id not in asked]).shown(query.is_held_out_phrasing))
+
+
+def document_text(rng: Random, facts: DocumentFacts, domain: Domain, common: Common) -> str:
+    """An entry of a handbook: for whom, the statement, and a quote or a closing sentence."""
+    place = pick(rng, domain.document_frames).format(thing=facts.thing)
+    ending = pick(rng, common.closers) if facts.quoted is None else pick(rng, common.quotes).format(phrase=facts.quoted)
+    return f"{place} {facts.statement}. {ending}"
+
+
+def reason(query: QueryFacts, document: DocumentFacts, knowledge: Knowledge) -> Reasoning:
+    """The gold chain of reasons for a pair."""
+    asked, written = knowledge.domain(query.domain), knowledge.domain(document.domain)
+    return Reasoning(
+        first=asked.observation(query.observations[0]).summary,
+        second=asked.observation(query.observations[1]).summary,
+        query_cause=asked.mechanism(query.mechanism).name,
+        document_cause=written.mechanism(document.mechanism).name,
+        query_setting=asked.setting(query.setting).name,
+        document_setting=written.setting(document.setting).name,
+    )
