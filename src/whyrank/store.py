@@ -13,9 +13,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -39,6 +41,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "read_lines",
+    "read_numbered_jsonl",
     "sha256_file",
     "to_json",
     "write_jsonl",
@@ -47,6 +50,8 @@ __all__ = [
 R = TypeVar("R")
 GZIP_MAGIC = b"\x1f\x8b"
 UTF8_BOM = b"\xef\xbb\xbf"
+DAMAGED_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
+MAYBE_NOT_FINITE = re.compile(r"NaN|Infinity|[eE]\+?\d{3}")  # a quick look before the exact one
 
 
 @dataclass(slots=True)
@@ -105,7 +110,7 @@ def read_lines(path: Path | str, *, bad: BadLines | None = None) -> Iterator[tup
                     continue
                 if line.strip():
                     yield number, line
-    except (gzip.BadGzipFile, EOFError) as cause:
+    except DAMAGED_GZIP as cause:
         raise InputError(f"{path}: expected a complete gzip file, found: {cause}") from cause
 
 
@@ -115,11 +120,10 @@ def read_json(path: Path | str) -> Any:
     Raises:
         InputError: the file is not UTF-8 JSON; the message names line and column.
     """
-    with open_binary(path) as stream:
-        raw = stream.read()
     try:
-        return json.loads(raw.removeprefix(UTF8_BOM))
-    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        with open_binary(path) as stream:
+            return json.loads(stream.read().removeprefix(UTF8_BOM))
+    except (json.JSONDecodeError, UnicodeDecodeError, *DAMAGED_GZIP) as cause:
         raise InputError(f"{path}: expected one JSON value, found: {cause}") from cause
 
 
@@ -127,18 +131,33 @@ def read_jsonl(path: Path | str, record: type[R], *, bad: BadLines | None = None
     """Yield the records of a JSON-lines file.
 
     Raises:
-        InputError: a line is not such a record. With `bad`, the line is counted there and passed over.
+        InputError: a line is not such a record, or holds a number that is not finite. With `bad`, the line is
+            counted there and passed over.
     """
+    return (found for _, found in read_numbered_jsonl(path, record, bad=bad))
+
+
+def read_numbered_jsonl(path: Path | str, record: type[R], *, bad: BadLines | None = None) -> Iterator[tuple[int, R]]:
+    """Like `read_jsonl`, each record with its line number, for checks that look at several lines."""
     adapter = TypeAdapter(record)
     for number, line in read_lines(path, bad=bad):
         try:
-            yield adapter.validate_json(line, strict=True)
-        except ValidationError as cause:
-            problem = cause.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            found = f"{where}: {problem['msg']}" if where else problem["msg"]
-            message = f"{path}:{number}: expected a {record.__name__} as JSON, found a line with {found}"
-            _complain(message, cause, bad)
+            found = adapter.validate_json(line, strict=True)
+            if MAYBE_NOT_FINITE.search(line):
+                json.dumps(json.loads(line), allow_nan=False)
+        except ValueError as cause:
+            what = _what_is_wrong(cause)
+            _complain(f"{path}:{number}: expected a {record.__name__} as JSON, found a line with {what}", cause, bad)
+        else:
+            yield number, found
+
+
+def _what_is_wrong(cause: ValueError) -> str:
+    if not isinstance(cause, ValidationError):
+        return "a number that is not finite"
+    problem = cause.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}" if where else problem["msg"]
 
 
 def _complain(message: str, cause: Exception, bad: BadLines | None) -> None:
@@ -153,7 +172,9 @@ def to_json(record: Any) -> str:
     Raises:
         ValueError: a number is NaN or infinite, or a text holds a lone surrogate.
     """
-    return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    line.encode()  # a lone surrogate is refused here, and not when half of an artefact is written
+    return line
 
 
 @contextmanager
@@ -173,13 +194,17 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 def write_jsonl(path: Path | str, records: Iterable[Any]) -> int:
     """Write a finished artefact atomically; gzip if the name ends in `.gz`. Returns the number of records."""
-    num_written = 0
     with atomic_path(path) as temporary:
         opener = gzip.open if str(path).endswith(".gz") else open
         with cast(TextIO, opener(temporary, "wt", encoding="utf-8", newline="\n")) as stream:
-            for record in records:
-                stream.write(to_json(record) + "\n")
-                num_written += 1
+            return _write_records(stream, records)
+
+
+def _write_records(stream: TextIO, records: Iterable[Any]) -> int:
+    num_written = 0
+    for record in records:
+        stream.write(to_json(record) + "\n")
+        num_written += 1
     return num_written
 
 
@@ -187,10 +212,11 @@ class JsonlAppender(Generic[R]):
     """Appends records to a growing file that survives `kill -9`.
 
     Opening cuts a torn last line away (`num_torn_bytes` says how much), so the file always consists of whole
-    lines. Each record is flushed before `append` returns. A second process that opens the same file is refused.
+    lines. Each record is with the operating system before `append` returns. A second writer of the same file is
+    refused.
 
     Raises:
-        InputError: another process is writing, or a whole line is not a record of this type.
+        InputError: somebody else is writing the file.
     """
 
     def __init__(self, path: Path | str, record: type[R]) -> None:
@@ -198,13 +224,21 @@ class JsonlAppender(Generic[R]):
         self.num_torn_bytes = 0
         self._record = record
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.path.open("a+b")
+        # Unbuffered: after a failed write nothing may linger in memory and reach the file later.
+        self._stream = self.path.open("a+b", buffering=0)
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as cause:
+            is_same_file = os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat())
+        except (BlockingIOError, FileNotFoundError) as cause:
             self._stream.close()
-            raise InputError(f"{self.path} is being written by another process; wait for it or stop it") from cause
+            raise self._already_written() from cause
+        if not is_same_file:  # replaced by a rewrite between opening and locking
+            self._stream.close()
+            raise self._already_written()
         self._cut_torn_tail()
+
+    def _already_written(self) -> InputError:
+        return InputError(f"{self.path} is being written by another process; wait for it or stop it")
 
     def _cut_torn_tail(self) -> None:
         size = self._stream.seek(0, os.SEEK_END)
@@ -229,23 +263,42 @@ class JsonlAppender(Generic[R]):
 
     def rewrite(self, records: Iterable[R]) -> None:
         """Replace what is in the file, atomically; used to drop failed records before they are tried again."""
-        write_jsonl(self.path, records)
-        renewed = self.path.open("a+b")
-        fcntl.flock(renewed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        renewed = None
+        try:
+            with atomic_path(self.path) as temporary:
+                with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+                    _write_records(stream, records)
+                renewed = temporary.open("a+b", buffering=0)
+                fcntl.flock(renewed, fcntl.LOCK_EX)  # before the new file takes the name, so that nobody slips in
+        except BaseException:
+            if renewed is not None:
+                renewed.close()
+            raise
         self._stream.close()
         self._stream = renewed
 
     def append(self, record: R) -> None:
-        """Write one record and flush it to the operating system."""
-        self._stream.write(to_json(record).encode() + b"\n")
-        self._stream.flush()
+        """Hand one record to the operating system, whole or not at all.
+
+        Raises:
+            OSError: the disk is full or failing; the file then ends where it ended before.
+        """
+        line = memoryview(to_json(record).encode() + b"\n")
+        end = self._stream.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._stream.write(line) :]
+        except BaseException:
+            self._stream.truncate(end)
+            raise
 
     def close(self) -> None:
         """Sync to disk and release the lock."""
         if not self._stream.closed:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
+            try:
+                os.fsync(self._stream.fileno())
+            finally:
+                self._stream.close()
 
     def __enter__(self) -> Self:
         return self
@@ -317,7 +370,7 @@ class Manifest:
         elapsed = round(time.perf_counter() - clock_start, 3)
         return replace(self, counts=counts, figures=figures, seconds=elapsed, is_finished=True)
 
-    def write(self, directory: Path | str) -> None:
-        """Write `manifest.json` atomically."""
-        with atomic_path(Path(directory) / "manifest.json") as temporary:
+    def write(self, directory: Path | str, name: str = "manifest.json") -> None:
+        """Write the manifest atomically."""
+        with atomic_path(Path(directory) / name) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
