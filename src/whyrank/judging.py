@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from whyrank.errors import InputError
 from whyrank.generators import Completion, Generator, Sampling
 from whyrank.records import JUDGED_STATUSES, Document, Judgment, Mode, Query, Status
 from whyrank.store import JsonlAppender, content_key
@@ -20,6 +21,7 @@ from whyrank.template import Rendered, Template
 
 __all__ = ["Judge", "JudgingCounts", "judge_into"]
 
+MOST_UNPARSED = 0.01  # share of unreadable judgments up to which a job counts as done
 LEAST_LABEL_MASS = 0.5  # below it the model was not answering the question; status `low_mass`
 
 
@@ -139,6 +141,11 @@ class JudgingCounts:
         """Judgments without a label."""
         return sum(count for status, count in self.statuses.items() if status not in JUDGED_STATUSES)
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether requests failed, or more than `MOST_UNPARSED` of the judgments could not be read."""
+        return bool(self.statuses["error"]) or self.num_unreadable > MOST_UNPARSED * self.num_judgments
+
     def add(self, judgment: Judgment, *, is_new: bool) -> None:
         """Count one judgment; tokens only where they were spent now."""
         self.statuses[judgment.status] += 1
@@ -166,7 +173,8 @@ def judge_into(
     were judged under other ids is copied, not computed. After a kill nothing is lost and nothing doubled.
 
     Raises:
-        InputError: another process is writing the file, or it holds something else than judgments.
+        InputError: another process is writing the file, it holds something else than judgments, or it holds a
+            judgment of one of the pairs that was made differently.
     """
     with JsonlAppender(path, Judgment) as appender:
         counts.num_torn_bytes = appender.num_torn_bytes
@@ -174,14 +182,20 @@ def judge_into(
         kept = [judgment for judgment in found if judgment.status != "error"]
         if len(kept) < len(found):
             appender.rewrite(kept)
-        known = {(judgment.key, judgment.query_id, judgment.doc_id): judgment for judgment in kept}
+        known = {(judgment.query_id, judgment.doc_id): judgment for judgment in kept}
         by_key = {judgment.key: judgment for judgment in kept}
         reused: list[Judgment] = []
 
         def missing() -> Iterator[tuple[Query, Document]]:
             for query, document in pairs:
                 key = judge.key(query, document)
-                here = known.get((key, query.query_id, document.doc_id))
+                here = known.get((query.query_id, document.doc_id))
+                if here is not None and here.key != key:
+                    raise InputError(
+                        f"{path} holds a judgment of ({query.query_id}, {document.doc_id}) by {here.model} with "
+                        f"{here.template} in mode {here.mode}, made from another text, model, template, mode, sampling "
+                        "or instruction; choose another output folder"
+                    )
                 if here is None and key in by_key:
                     here = replace(by_key[key], query_id=query.query_id, doc_id=document.doc_id)
                     appender.append(here)

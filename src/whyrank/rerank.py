@@ -8,7 +8,7 @@ for result in Reranker.load().rank("Why do my leaves turn yellow?", documents, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -146,6 +146,7 @@ class Reranker:
         top_k: int | None = None,
         first_stage_scores: Sequence[float] | None = None,
         fields: Mapping[str, str] | None = None,
+        on_judgment: Callable[[Judgment], None] | None = None,
     ) -> Ranking:
         """Rank the documents of one query, best first.
 
@@ -157,6 +158,7 @@ class Reranker:
             top_k: return only this many; all are judged.
             first_stage_scores: needed to fuse by zscore or minmax.
             fields: names of `doc_id`, `text` and `title` in mappings.
+            on_judgment: called with each judgment as soon as it is made.
 
         Raises:
             InputError: no documents, or an id twice.
@@ -174,7 +176,14 @@ class Reranker:
             ScoredDocument(asked.query_id, document.doc_id, index + 1, score)
             for index, (document, score) in enumerate(zip(records, scores, strict=True))
         ]
-        ranking = next(self.rank_many([(asked, records, candidates)]))
+        by_id = {document.doc_id: document for document in records}
+        _check_ids(asked, records, candidates, by_id)
+        judgments: dict[str, Judgment] = {}
+        for judgment in self.judge.judge((asked, document) for document in records):
+            judgments[judgment.doc_id] = judgment
+            if on_judgment:
+                on_judgment(judgment)
+        ranking = self.arrange(asked, by_id, candidates, judgments)
         return replace(ranking, results=ranking.results[:top_k])
 
     def rank_many(

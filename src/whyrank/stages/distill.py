@@ -1,0 +1,54 @@
+"""`whyrank distill`: judgments in, a checkpoint out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from whyrank.datasets import read_corpus, read_queries
+from whyrank.progress import Progress
+from whyrank.records import Judgment
+from whyrank.store import Manifest, read_jsonl, write_jsonl
+from whyrank.template import Template
+from whyrank.training.distill import DistillConfig, Distilled, Step, distill
+
+__all__ = ["distill_files"]
+
+
+def distill_files(
+    judgments: Sequence[Path],
+    queries: Sequence[Path],
+    corpora: Sequence[Path],
+    template: Template,
+    out: Path,
+    config: DistillConfig,
+    manifest: Manifest,
+    *,
+    is_demo: bool = False,
+) -> Distilled:
+    """Train a student on judgments from one or more files, into `out`; `out/log.jsonl` holds the loss curve.
+
+    Raises:
+        InputError: a file cannot be read, or a judgment's texts are in none of the files.
+    """
+    start = time.perf_counter()
+    known = [judgment for path in judgments for judgment in read_jsonl(path, Judgment)]
+    wanted = {judgment.doc_id for judgment in known}
+    asked = {query.query_id: query for path in queries for query in read_queries(path)}
+    documents = {doc.doc_id: doc for path in corpora for doc in read_corpus(path) if doc.doc_id in wanted}
+    with Progress(f"distilling into {out}", config.num_steps) as progress:
+
+        def on_step(step: Step) -> None:
+            progress.advance(note=f"loss {step.loss:.3f}")
+
+        result = distill(known, asked, documents, template, out, config, is_demo=is_demo, on_step=on_step)
+    write_jsonl(out / "log.jsonl", result.history)
+    counts = {"num_examples": result.num_examples, "num_left_out": result.num_left_out}
+    finished = manifest.finished(
+        start, counts=counts, num_parameters=result.num_parameters, config=json.loads(json.dumps(asdict(config)))
+    )
+    finished.write(out)
+    return result

@@ -1,0 +1,162 @@
+"""`whyrank rerank`: a run, its texts and a model in; a better run with the reasons out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from whyrank.datasets import Run, read_corpus, read_excluded, read_queries, read_rankgpt, read_run, write_trec_run
+from whyrank.errors import InputError
+from whyrank.judging import JudgingCounts, judge_into
+from whyrank.progress import Progress
+from whyrank.records import Document, Judgment, Query, ScoredDocument
+from whyrank.rerank import Reranker
+from whyrank.stages import EXIT_OK, EXIT_PARTIAL
+from whyrank.store import BadLines, Manifest
+
+__all__ = ["Candidates", "Reranked", "read_candidates", "rerank_files"]
+
+RUN_TAG = "whyrank"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What is to be ranked: queries in order, every document of the run, and the first-stage lines."""
+
+    queries: tuple[Query, ...]
+    documents: Mapping[str, Document]
+    run: Mapping[str, Sequence[ScoredDocument]]
+    num_excluded: int
+    num_bad_lines: int
+
+    @property
+    def num_pairs(self) -> int:
+        """How many pairs have to be judged."""
+        return sum(len(lines) for lines in self.run.values())
+
+    def pairs(self) -> Iterator[tuple[Query, Document]]:
+        """Query by query, in first-stage order, so that neighbours share a prefix."""
+        for query in self.queries:
+            for line in self.run[query.query_id]:
+                yield query, self.documents[line.doc_id]
+
+
+def read_candidates(
+    run: Path,
+    *,
+    corpus: Path | None = None,
+    queries: Path | None = None,
+    excluded: Path | None = None,
+    top_k: int | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    fields: Mapping[str, str] | None = None,
+) -> Candidates:
+    """Read a run with its texts. A RankGPT file brings its own; other runs need `corpus` and `queries`.
+
+    Args:
+        excluded: documents never to be ranked, per query; those that the queries name themselves are left out too.
+        top_k: rerank only the first so many of each query.
+        limit: only the first so many queries.
+        skip_bad: count malformed lines and pass over them.
+        fields: names of `doc_id`, `text` and `title` in the corpus.
+
+    Raises:
+        InputError: a text is missing, or a file cannot be read.
+    """
+    bad = BadLines() if skip_bad else None
+    if corpus is None and queries is None:
+        asked, texts, lines = read_rankgpt(run, bad=bad)
+        documents = {document.doc_id: document for document in texts}
+    elif corpus is None or queries is None:
+        raise InputError("--corpus and --queries go together; only a RankGPT file carries both itself")
+    else:
+        lines = read_run(run, bad=bad)
+        asked = list(read_queries(queries, bad=bad))
+        wanted = {line.doc_id for ranked in lines.values() for line in ranked}
+        found = (document for document in read_corpus(corpus, bad=bad, fields=fields) if document.doc_id in wanted)
+        documents = {document.doc_id: document for document in found}
+    chosen = tuple(islice((query for query in asked if query.query_id in lines), limit))
+    if not chosen:
+        raise InputError(f"no query of {queries or run} is in the run {run}: are they of the same collection?")
+    kept, num_excluded = _without_excluded(
+        {query.query_id: lines[query.query_id] for query in chosen}, chosen, excluded
+    )
+    kept = {query_id: ranked[:top_k] for query_id, ranked in kept.items()}
+    _check_texts(kept, lines, asked, documents, corpus or run)
+    return Candidates(chosen, documents, kept, num_excluded, bad.count if bad else 0)
+
+
+def _without_excluded(run: Run, queries: Sequence[Query], excluded: Path | None) -> tuple[Run, int]:
+    more = read_excluded(excluded) if excluded else {}
+    banned = {query.query_id: {*query.excluded_doc_ids, *more.get(query.query_id, ())} for query in queries}
+    kept: dict[str, list[ScoredDocument]] = {}
+    for query_id, ranked in run.items():
+        left = [line for line in ranked if line.doc_id not in banned[query_id]]
+        kept[query_id] = [replace(line, rank=rank) for rank, line in enumerate(left, start=1)]
+    return kept, sum(map(len, run.values())) - sum(map(len, kept.values()))
+
+
+def _check_texts(
+    kept: Run, run: Run, queries: Sequence[Query], documents: Mapping[str, Document], source: Path
+) -> None:
+    without_text = sorted(set(run) - {query.query_id for query in queries})
+    if without_text:
+        raise InputError(f"{len(without_text)} queries of the run have no text, the first is {without_text[0]!r}")
+    absent = sorted({line.doc_id for ranked in kept.values() for line in ranked if line.doc_id not in documents})
+    if absent:
+        raise InputError(f"{len(absent)} documents of the run are not in {source}, the first is {absent[0]!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Reranked:
+    """What a reranking job did. `seconds` is wall time of this invocation."""
+
+    out: Path
+    num_queries: int
+    counts: JudgingCounts
+    num_excluded: int
+    num_bad_lines: int
+    seconds: float
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 7 where requests failed or more than 1 % of the pairs could not be read."""
+        return EXIT_PARTIAL if self.counts.is_partial else EXIT_OK
+
+
+def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest: Manifest) -> Reranked:
+    """Judge all candidates into `out/judgments.jsonl`, then write `out/run.trec` and `out/manifest.json`.
+
+    Killed at any moment, it continues where it was when called again.
+
+    Raises:
+        WhyrankError: see `judge_into` and `ranking.order`.
+    """
+    start = time.perf_counter()
+    manifest.write(out)
+    counts = JudgingCounts()
+    judgments: dict[str, dict[str, Judgment]] = {query.query_id: {} for query in candidates.queries}
+    with Progress(f"judging with {reranker.judge.generator.name}", candidates.num_pairs) as progress:
+        for judgment in judge_into(out / "judgments.jsonl", reranker.judge, candidates.pairs(), counts):
+            judgments[judgment.query_id][judgment.doc_id] = judgment
+            progress.advance()
+    rankings = [
+        reranker.arrange(query, candidates.documents, candidates.run[query.query_id], judgments[query.query_id])
+        for query in candidates.queries
+        if candidates.run[query.query_id]
+    ]
+    write_trec_run(out / "run.trec", {ranking.query_id: ranking.to_run() for ranking in rankings}, tag=RUN_TAG)
+    outcome = Reranked(
+        out=out,
+        num_queries=len(candidates.queries),
+        counts=counts,
+        num_excluded=candidates.num_excluded,
+        num_bad_lines=candidates.num_bad_lines,
+        seconds=round(time.perf_counter() - start, 3),
+    )
+    manifest.finished(start, counts={**counts.to_counts(), "num_queries": outcome.num_queries}).write(out)
+    return outcome
