@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from whyrank.errors import InputError
 
-__all__ = ["drop_reason", "normalise", "onsite_post_id"]
+__all__ = ["absolute", "drop_reason", "normalise", "onsite_post_id"]
 
 TRACKING = re.compile(
     r"utm_\w+|fbclid|gclid|dclid|msclkid|yclid|igshid|mc_[ce]id|_ga|_gl|ref_src|ref_url|spm|share_id", re.I
@@ -98,7 +98,7 @@ def onsite_post_id(href: str, hosts: Collection[str]) -> str | None:
     An answer named in the path or the fragment (`/questions/12/title/34#34`) goes before its question. Relative
     links belong to the first of `hosts`.
     """
-    url = _absolute(href, hosts)
+    url = absolute(href, hosts)
     try:
         parts = _split(url)
     except InputError:
@@ -113,7 +113,8 @@ def onsite_post_id(href: str, hosts: Collection[str]) -> str | None:
     return match[1]
 
 
-def _absolute(href: str, hosts: Collection[str]) -> str:
+def absolute(href: str, hosts: Collection[str]) -> str:
+    """The address of a link written relative to the site's root; any other link as it is."""
     base = next(iter(hosts), None)
     return urljoin(f"https://{base}/", href) if base and href.startswith("/") and not href.startswith("//") else href
 
@@ -124,7 +125,7 @@ def drop_reason(href: str, hosts: Collection[str]) -> str | None:
     `hosts` are the names of the dump's own site, the present one first. The words: `not_http`, `malformed`,
     `placeholder`, `image`, `imgur`, `shop`, `search_page`, `user_profile`, `tag_page`, `site_chrome`.
     """
-    url = _absolute(href, hosts)
+    url = absolute(href, hosts)
     scheme = re.match(r"([a-z][a-z0-9+.-]*):", url.strip(), re.I)
     if scheme and scheme[1].lower() not in DEFAULT_PORTS:
         return "not_http"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from whyrank.errors import InputError
 from whyrank.mining.config import MiningConfig
@@ -21,7 +21,7 @@ from whyrank.mining.corpus import (
     question_query,
 )
 from whyrank.mining.decontamination import Excluded
-from whyrank.mining.links import drop_reason, normalise, onsite_post_id
+from whyrank.mining.links import absolute, drop_reason, normalise, onsite_post_id
 from whyrank.mining.negatives import FirstStage, bm25, negative_pairs
 from whyrank.mining.pages import PageStore
 from whyrank.mining.stackexchange import Link, Post
@@ -29,6 +29,9 @@ from whyrank.records import Document, Pair, Query
 from whyrank.store import content_key
 
 __all__ = ["Mined", "Threads", "is_test", "mine", "usable_links"]
+
+ENDS = ("to_post", "to_page", "to_context", "to_contaminated", "without_text")
+"""Where a usable link can end; every usable link is counted under exactly one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +98,16 @@ class Threads:
 def usable_links(
     question: Post, answers: Iterable[Post], config: MiningConfig, counts: Counter[str]
 ) -> Iterator[tuple[Post, Link]]:
-    """Yield `(answer, link)` for every link that may lead to a page; the others are counted by reason."""
+    """Yield `(answer, link)` for every link that may lead to a page; the others are counted by reason.
+
+    Links relative to the site's root come out as absolute addresses.
+    """
     answers = list(answers)
     own = {question.post_id, *(answer.post_id for answer in answers)}
     for answer in answers:
         seen: set[str] = set()
-        for link in answer.links:
+        for raw in answer.links:
+            link = replace(raw, href=absolute(raw.href, config.hosts))
             reason = _drop_reason(answer, link, own, seen, config)
             if reason is None:
                 counts["links.usable"] += 1
@@ -185,7 +192,7 @@ class _Finder:
         if question is not None:
             return question.post_id
         try:
-            return normalise(link.href)
+            return normalise(absolute(link.href, self._config.hosts))
         except InputError:
             return None
 
@@ -227,6 +234,7 @@ def mine(
         InputError: two posts have the same id.
     """
     counts = Counter() if counts is None else counts
+    counts.update({f"links.{end}": 0 for end in ENDS})
     threads = Threads.collect(posts, counts)
     excluded = Excluded(exclude_texts)
     clean = {

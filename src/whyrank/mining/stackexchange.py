@@ -121,7 +121,7 @@ def _rows(path: Path | str) -> Iterator[tuple[int, dict[str, str]]]:
                 ) from cause
             except etree.XMLSyntaxError as cause:
                 raise InputError(
-                    f"{path}: expected well-formed XML, found near row {number + len(target.rows)}: {cause}. "
+                    f"{path}: expected well-formed XML, found near row {max(1, number + len(target.rows))}: {cause}. "
                     "Download or unpack the dump again."
                 ) from cause
             for attributes in target.rows:
