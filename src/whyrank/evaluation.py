@@ -11,7 +11,6 @@ almost everywhere. Queries that the run has and the qrels lack are counted and l
 from __future__ import annotations
 
 import ast
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,10 +208,8 @@ def _evaluate_one(
             "do the two belong to the same queries?"
         )
     per_query: dict[str, dict[str, float]] = {str(measure): {} for measure in measures}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # ir_measures' own, on newer Pythons
-        for metric in evaluator.iter_calc({query_id: _scores(name, query_id, run, ties) for query_id in judged}):
-            per_query[str(metric.measure)][metric.query_id] = float(metric.value)
+    for metric in evaluator.iter_calc({query_id: _scores(name, query_id, run, ties) for query_id in judged}):
+        per_query[str(metric.measure)][metric.query_id] = float(metric.value)
     values: dict[str, float] = {}
     for measure in measures:
         aggregator = measure.aggregator()  # the mean, except for measures that count
