@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import ClassVar
@@ -54,7 +55,7 @@ class GoldExplanation:
     is_held_out_phrasing: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: labels and explanations are cached
 class Collection:
     """A split of the almanac. Dicts keyed by (query_id, doc_id) hold every candidate pair, in candidate order.
 
@@ -71,17 +72,17 @@ class Collection:
     document_facts: dict[str, DocumentFacts]
     held_out: frozenset[str]
 
-    @property
+    @cached_property
     def labels(self) -> dict[tuple[str, str], int]:
         """2, 1 or 0 for every candidate pair."""
         return {pair: reasoning.label for pair, reasoning in self.reasons.items()}
 
-    @property
+    @cached_property
     def explanations(self) -> dict[tuple[str, str], str]:
         """The gold explanation of every candidate pair."""
         return {pair: reasoning.text for pair, reasoning in self.reasons.items()}
 
-    @property
+    @cached_property
     def qrels(self) -> tuple[Qrel, ...]:
         """A relevance judgment for every candidate pair, zeros included."""
         return tuple(Qrel(*pair, relevance=reasoning.label) for pair, reasoning in self.reasons.items())
@@ -184,7 +185,10 @@ class _Builder:
             if text not in self.queries:
                 self.queries[text] = Query(query_id, text)
                 return self.queries[text], facts
-        raise InputError(f"{domain.name}.toml: {mechanism.id!r} yields no more new queries; ask for fewer than these")
+        raise InputError(
+            f"{domain.name}.toml: {mechanism.id!r}: expected a new query within {MAX_DRAWS} draws; "
+            "ask for fewer queries"
+        )
 
     def _targets(
         self, rng: Random, query: QueryFacts, domain: Domain, mechanism: Mechanism
@@ -219,7 +223,10 @@ class _Builder:
             text = document_text(rng, facts, domain, self.knowledge.common)
             if text not in chosen and split_of_text(text) == self.split:
                 return self._keep(text, facts)
-        raise InputError(f"{domain.name}.toml: {mechanism.id!r} yields too few different documents")
+        raise InputError(
+            f"{domain.name}.toml: {mechanism.id!r}: expected a new document within {MAX_DRAWS} draws; "
+            "add statements or things"
+        )
 
     def _keep(self, text: str, facts: DocumentFacts) -> Document:
         if text not in self.documents:
