@@ -65,6 +65,21 @@ def test_statements_share_no_content_word_with_lay_words(knowledge: Knowledge) -
             assert not [word for word in words if stem(word) in stems], f"{domain.name}.toml: {text!r}"
 
 
+def test_held_out_texts_can_be_understood(knowledge: Knowledge) -> None:
+    """By words alone: a held-out text shares more words with its own entry than with any other of its domain, and
+    at least two of them with no other."""
+    for domain in knowledge.domains:
+        phrasings = {entry.id: entry.phrasings for entry in domain.observations}
+        statements = {entry.id: entry.statements for entry in domain.mechanisms}
+        for texts in (phrasings, statements):
+            taught = {key: {word for text in own[:-1] for word in text.split()} for key, own in texts.items()}
+            for key, own in texts.items():
+                shared = {other: set(own[-1].split()) & words for other, words in taught.items()}
+                mine = shared.pop(key)
+                assert len(mine) > max(len(words) for words in shared.values()), own[-1]
+                assert len(mine.difference(*shared.values())) >= 2, own[-1]
+
+
 def test_vocabulary_is_small() -> None:
     words: set[str] = set()
     for split in ("train", "dev", "test"):
@@ -92,6 +107,11 @@ def test_common_words_are_not_a_domain(folder: Path) -> None:
     (folder / "common.toml").unlink()
     with pytest.raises(InputError, match=r"expected a file common\.toml"):
         load_knowledge(folder=folder)
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected a folder of TOML files at .*elsewhere, found none"):
+        load_knowledge(folder=tmp_path / "elsewhere")
 
 
 # (what is replaced in bread.toml, by what, what the message must say). Every row breaks exactly one law.
@@ -131,6 +151,11 @@ BREACHES = {
     ),
     "thing of two settings": ('"summit"', '"tent"', "setting 'camping': the word 'tent' also stands in a thing"),
     "thing of another domain": ('"summit"', '"shower"', "houseplants.*the word 'shower' also stands in a thing"),
+    "thing that names a setting": (
+        '"summit"',
+        '"church"',
+        "the word 'church' of a thing is also the name of a setting",
+    ),
     "thing in a phrasing": ('"summit"', '"pancake"', "setting 'mountain': the words of 'pancake' also stand"),
     "phrasing within another": (
         '"there is no brown on top"',

@@ -103,8 +103,8 @@ def draw_query(
 
 
 def query_text(rng: Random, facts: QueryFacts, domain: Domain, common: Common) -> str:
-    """A forum post: opening, place and trouble in either order, and a detail that does not matter (or only one of
-    the two: both in half of the posts)."""
+    """A forum post: place and trouble in either order, with an opening before them, a detail that does not matter
+    after them, or (in half of the posts) both."""
     place = pick(rng, domain.query_frames).format(thing=facts.thing)
     trouble = pick(rng, common.connections).format(first=facts.phrases[0], second=facts.phrases[1])
     body = [place, trouble] if rng.random() < 0.5 else [trouble, place]

@@ -129,13 +129,17 @@ def _things_elsewhere(domain: Domain) -> Iterator[str]:
 
 
 def _shared_things(domains: Sequence[Domain]) -> Iterator[str]:
+    """Each word of a thing leads to one setting, and has to be learnt: it is no word of a setting's name."""
+    names = {word for domain in domains for setting in domain.settings for word in setting.name.split()}
     owners: dict[str, str] = {}
     for domain in domains:
         for setting in domain.settings:
+            where = f"{domain.name}.toml: setting {setting.id!r}"
             for word in (word for thing in setting.things for word in thing.split()):
-                where = f"{domain.name}.toml: setting {setting.id!r}"
                 if word in owners:
                     yield f"{where}: the word {word!r} also stands in a thing of {owners[word]}"
+                if word in names:
+                    yield f"{where}: the word {word!r} of a thing is also the name of a setting"
                 owners[word] = where
 
 

@@ -22,7 +22,11 @@ T = TypeVar("T")
 
 
 def domain_names(folder: Path | None = None) -> tuple[str, ...]:
-    """The domains that the folder holds (default: the shipped one), in alphabetical order."""
+    """The domains that the folder holds (default: the shipped one), in alphabetical order.
+
+    Raises:
+        InputError: there is no such folder.
+    """
     names = (entry.name for entry in _shelf(folder).iterdir())
     return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml") and name[:-5] != COMMON))
 
@@ -54,6 +58,8 @@ def load_knowledge(domains: Sequence[str] | None = None, *, folder: Path | None 
 
 
 def _shelf(folder: Path | None) -> Traversable:
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"expected a folder of TOML files at {folder}, found none")
     return folder if folder is not None else files("whyrank") / "almanac" / "knowledge"
 
 
