@@ -141,6 +141,14 @@ def test_queries_go_round_the_mechanisms(built: dict[Split, Collection], knowled
     assert set(asked.values()) == {NUM_QUERIES // num_mechanisms}
 
 
+def test_observations_come_in_either_order(built: dict[Split, Collection], knowledge: Knowledge) -> None:
+    in_order = 0
+    for facts in built["train"].query_facts.values():
+        pairs = knowledge.domain(facts.domain).mechanism(facts.mechanism).pairs()
+        in_order += facts.observations in pairs
+    assert NUM_QUERIES / 4 < in_order < 3 * NUM_QUERIES / 4  # one half, give or take five standard errors
+
+
 def test_sizes_are_those_of_short_posts_and_entries(built: dict[Split, Collection]) -> None:
     for collection in built.values():
         assert all(15 <= len(query.text.split()) <= 40 for query in collection.queries)
@@ -167,6 +175,20 @@ def test_combinations_are_dealt_out_without_rest(knowledge: Knowledge) -> None:
             assert len(dealt) == len(set(dealt)) == len(mechanism.pairs()) * len(domain.settings)
             trained = {pair for pair, _ in combinations_of("train", domain, mechanism)}
             assert trained == set(mechanism.pairs())
+
+
+def test_combinations_of_three_pairs_and_four_settings(knowledge: Knowledge) -> None:
+    """By hand: one setting of each pair for test (3), one of the first and third pair for dev (2), 7 of 12 remain."""
+    plants = knowledge.domain("houseplants")
+    assert len(plants.settings) == 4
+    drought = plants.mechanism("drought-stress")
+    assert [len(combinations_of(split, plants, drought)) for split in SPLITS] == [7, 2, 3]
+    test = [(pair, setting.id) for pair, setting in combinations_of("test", plants, drought)]
+    assert test == [
+        (("drooping-leaves", "brown-tips"), "bathroom"),
+        (("drooping-leaves", "curled-leaves"), "balcony"),
+        (("brown-tips", "curled-leaves"), "office"),
+    ]
 
 
 def test_no_text_and_no_combination_is_in_two_splits() -> None:
