@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 from whyrank.datasets import read_corpus, read_queries
@@ -13,7 +14,8 @@ from whyrank.progress import Progress
 from whyrank.records import Judgment
 from whyrank.store import Manifest, read_jsonl, write_jsonl
 from whyrank.template import Template
-from whyrank.training.distill import DistillConfig, Distilled, Step, distill
+from whyrank.training.config import DistillConfig
+from whyrank.training.distill import Distilled, Step, distill
 
 __all__ = ["distill_files"]
 
@@ -27,6 +29,7 @@ def distill_files(
     config: DistillConfig,
     manifest: Manifest,
     *,
+    limit: int | None = None,
     is_demo: bool = False,
 ) -> Distilled:
     """Train a student on judgments from one or more files, into `out`; `out/log.jsonl` holds the loss curve.
@@ -35,7 +38,7 @@ def distill_files(
         InputError: a file cannot be read, or a judgment's texts are in none of the files.
     """
     start = time.perf_counter()
-    known = [judgment for path in judgments for judgment in read_jsonl(path, Judgment)]
+    known = list(islice((judgment for path in judgments for judgment in read_jsonl(path, Judgment)), limit))
     wanted = {judgment.doc_id for judgment in known}
     asked = {query.query_id: query for path in queries for query in read_queries(path)}
     documents = {doc.doc_id: doc for path in corpora for doc in read_corpus(path) if doc.doc_id in wanted}

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from whyrank.datasets import Run, read_corpus, read_excluded, read_queries, read_rankgpt, read_run, write_trec_run
+from pydantic import JsonValue
+
+from whyrank.datasets import Run, read_corpus, read_excluded, read_queries, read_rankgpt, read_run, write_run
 from whyrank.errors import InputError
 from whyrank.judging import JudgingCounts, judge_into
 from whyrank.progress import Progress
@@ -116,6 +118,7 @@ class Reranked:
     """What a reranking job did. `seconds` is wall time of this invocation."""
 
     out: Path
+    run: Path
     num_queries: int
     counts: JudgingCounts
     num_excluded: int
@@ -127,9 +130,23 @@ class Reranked:
         """0, or 7 where requests failed or more than 1 % of the pairs could not be read."""
         return EXIT_PARTIAL if self.counts.is_partial else EXIT_OK
 
+    def to_json(self) -> dict[str, JsonValue]:
+        """Plain values for `--json`."""
+        counts: dict[str, JsonValue] = dict(self.counts.to_counts())
+        return {
+            "out": str(self.out),
+            "run": str(self.run),
+            "queries": self.num_queries,
+            "excluded": self.num_excluded,
+            "bad_lines": self.num_bad_lines,
+            "counts": counts,
+            "seconds": self.seconds,
+        }
+
 
 def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest: Manifest) -> Reranked:
-    """Judge all candidates into `out/judgments.jsonl`, then write `out/run.trec` and `out/manifest.json`.
+    """Judge all candidates into `out/judgments.jsonl`, then write `out/run.trec` (`run.json` where an id
+    has blanks) and `out/manifest.json`.
 
     Killed at any moment, it continues where it was when called again.
 
@@ -149,9 +166,13 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
         for query in candidates.queries
         if candidates.run[query.query_id]
     ]
-    write_trec_run(out / "run.trec", {ranking.query_id: ranking.to_run() for ranking in rankings}, tag=RUN_TAG)
+    # TREC's columns cannot hold a document id with a blank in it; such a run is written as JSON.
+    has_blanks = any(len(doc_id.split()) != 1 for doc_id in candidates.documents)
+    run = out / ("run.json" if has_blanks else "run.trec")
+    write_run(run, {ranking.query_id: ranking.to_run() for ranking in rankings}, tag=RUN_TAG)
     outcome = Reranked(
         out=out,
+        run=run,
         num_queries=len(candidates.queries),
         counts=counts,
         num_excluded=candidates.num_excluded,

@@ -12,9 +12,9 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,47 +24,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from whyrank.checkpoint import Card
 from whyrank.errors import InputError
 from whyrank.generators.hf.chat import ChatTokens
-from whyrank.generators.hf.load import Device, load_model, load_tokenizer, resolve_device
-from whyrank.records import Document, Judgment, Mode, Query
+from whyrank.generators.hf.load import load_model, load_tokenizer, resolve_device
+from whyrank.records import Document, Judgment, Query
 from whyrank.store import content_key
 from whyrank.template import Template
 from whyrank.training.checkpoints import TrainingState, load_state, save_checkpoint, save_state
+from whyrank.training.config import DistillConfig
 from whyrank.training.examples import IGNORED, Example, collate, examples_of
-from whyrank.training.tiny import TinyConfig, tiny_model, tiny_tokenizer
+from whyrank.training.tiny import tiny_model, tiny_tokenizer
 
-__all__ = ["DistillConfig", "Distilled", "Step", "distill", "learning_rate_at"]
-
-
-@dataclass(frozen=True, slots=True)
-class DistillConfig:
-    """How a student is trained."""
-
-    model: str = "tiny"
-    """Where to start: `tiny` (from scratch), a folder or a hub id."""
-    modes: tuple[Mode, ...] = ("explain",)
-    """What the student learns: explain, direct or both."""
-    num_steps: int = 600
-    """Optimizer steps."""
-    batch_size: int = 64
-    """Examples per step."""
-    learning_rate: float = 3e-3
-    """Peak learning rate; it decays linearly to zero. 3e-3 suits tiny models from scratch, 1e-5 pretrained ones."""
-    num_warmup_steps: int = 40
-    """Steps over which the learning rate rises from zero."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of AdamW."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Matrix products; weights stay float32. auto is bfloat16 where the hardware multiplies it."""
-    device: Device = "auto"
-    """Where to train; auto prefers CUDA, then MPS, then the CPU."""
-    save_every: int = 200
-    """Steps between the states from which a killed run resumes."""
-    seed: int = 0
-    """Fixes weights, data order and everything else that is drawn."""
-    tiny: TinyConfig = field(default_factory=TinyConfig)
-    """Shape of a model that starts from scratch."""
+__all__ = ["Distilled", "Step", "distill", "learning_rate_at"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +96,24 @@ def distill(
     state = load_state(out / "state", model, optimizer, identity)
     history = [Step(**step) for step in state.history] if state else []
     model.train()
+    if device.type == "cpu":
+        # torch's fused attention is several times slower in the backward pass on CPUs, most of all in bfloat16.
+        model.set_attn_implementation("eager")
     clock = time.perf_counter() - (history[-1].seconds if history else 0.0)
     batches = _batches(examples, config, num_done=len(history))
     for number in range(len(history), config.num_steps):
-        ids, mask, targets = (tensor.to(device) for tensor in collate(next(batches), _pad_id(tokenizer)))
+        batch = next(batches)
+        ids, mask, targets = (tensor.to(device) for tensor in collate(batch, _pad_id(tokenizer)))
+        num_last = max(len(example.ids) - example.num_prompt for example in batch) + 1
         rate = learning_rate_at(number, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with _autocast(config, device):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        loss = answer_loss(logits, targets)
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            output = model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=num_last
+            )
+        loss = answer_loss(output.logits, targets[:, -num_last:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()

@@ -68,9 +68,10 @@ def _answer_ids(template: Template, tokens: ChatTokens, label: str, why: str, mo
 
 
 def collate(examples: Sequence[Example], pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and targets, each `(examples, longest)`, padded on the right.
+    """Ids, attention mask and targets, each `(examples, longest)`, padded on the left.
 
-    Targets are the ids themselves where there is a loss and `IGNORED` elsewhere; the caller shifts them.
+    Padding on the left lines the answers up at the end, so that only the last positions need logits. Targets are
+    the ids themselves where there is a loss and `IGNORED` elsewhere; the caller shifts them.
     """
     longest = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), longest), pad_id, dtype=torch.long)
@@ -78,7 +79,8 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> tuple[Tensor, Tenso
     targets = torch.full((len(examples), longest), IGNORED, dtype=torch.long)
     for row, example in enumerate(examples):
         length = len(example.ids)
-        ids[row, :length] = torch.tensor(example.ids)
-        mask[row, :length] = 1
-        targets[row, example.num_prompt : length] = ids[row, example.num_prompt : length]
+        ids[row, longest - length :] = torch.tensor(example.ids)
+        mask[row, longest - length :] = 1
+        num_answer = length - example.num_prompt
+        targets[row, longest - num_answer :] = ids[row, longest - num_answer :]
     return ids, mask, targets

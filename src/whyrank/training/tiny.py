@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["TinyConfig", "tiny_model", "tiny_tokenizer"]
+from whyrank.training.config import TinyConfig
+
+__all__ = ["tiny_model", "tiny_tokenizer"]
 
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }}\n{% endfor %}"
-
-
-@dataclass(frozen=True, slots=True)
-class TinyConfig:
-    """Shape of a model trained from scratch."""
-
-    vocab_size: int = 2048
-    """Most tokens the tokenizer may have."""
-    hidden_size: int = 128
-    """Width of the model."""
-    num_layers: int = 4
-    """Number of transformer blocks."""
-    num_heads: int = 4
-    """Attention heads per block."""
-    intermediate_size: int = 384
-    """Width of the feed-forward layers."""
-    max_positions: int = 1024
-    """Longest sequence in tokens."""
 
 
 def tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

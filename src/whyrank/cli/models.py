@@ -1,0 +1,354 @@
+"""Verbs that run or train a model: label, distill, rerank, demo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from shutil import copyfileobj
+from sys import stdin
+from tempfile import NamedTemporaryFile
+from typing import Annotated, Literal, cast, get_args
+
+import typer
+from pydantic import JsonValue
+
+from whyrank.cli.options import (
+    MODEL,
+    BatchSize,
+    Concurrency,
+    Corpus,
+    Device,
+    DeviceName,
+    Dtype,
+    DtypeName,
+    Excluded,
+    Instruction,
+    Json,
+    Limit,
+    MaxExplanationTokens,
+    ModeOption,
+    Queries,
+    SkipBad,
+    TemplateOption,
+    Timeout,
+    console,
+    existing,
+    print_json,
+    setting,
+)
+from whyrank.cli.printing import print_ranking, print_reranked
+from whyrank.datasets import read_corpus
+from whyrank.demo.config import DemoConfig
+from whyrank.errors import InputError, require
+from whyrank.generators.opening import DEFAULT_TEMPLATE, ModelOptions
+from whyrank.progress import Progress
+from whyrank.ranking import OnUnparsed, parse_fuse
+from whyrank.records import Mode
+from whyrank.rerank import Reranker
+from whyrank.stages import EXIT_OK, EXIT_PARTIAL
+from whyrank.stages.label import label_files, read_pairs
+from whyrank.stages.rerank import read_candidates, rerank_files
+from whyrank.store import BadLines, Manifest
+from whyrank.template import Template
+from whyrank.training.config import DistillConfig
+
+__all__ = ["demo", "distill", "label", "rerank"]
+
+DISTILL = DistillConfig()
+DEMO = DemoConfig()
+
+
+def label(
+    pairs: Annotated[Path, existing("--pairs", help="Pairs to label: pairs.jsonl of whyrank mine.")],
+    queries: Queries,
+    corpus: Corpus,
+    teacher: Annotated[
+        str, typer.Option(help="Folder, hub id, endpoint:URL#MODEL, scripted:FILE, or overlap (compares words only).")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for judgments.jsonl and manifest.json.")],
+    mode: ModeOption = "explain",
+    template: TemplateOption = None,
+    instruction: Instruction = None,
+    max_explanation_tokens: MaxExplanationTokens = None,
+    device: Device = MODEL.device,
+    dtype: Dtype = MODEL.dtype,
+    batch_size: BatchSize = MODEL.batch_size,
+    concurrency: Concurrency = MODEL.concurrency,
+    timeout: Timeout = MODEL.timeout,
+    limit: Limit = None,
+    skip_bad: SkipBad = False,
+    json: Json = False,
+) -> None:
+    """Let a teacher explain and label pairs.
+
+    Stopped at any moment, the same command continues where it was. Answers that could not be read stay in the
+    file as unparsed or error and are never used for training.
+
+    \b
+    Example:
+      whyrank label --pairs mined/train/pairs.jsonl --queries mined/train/queries.jsonl \\
+        --corpus mined/corpus.jsonl --teacher endpoint:http://localhost:8000/v1#my-model -o labelled/
+    """
+    texts = read_pairs(pairs, queries, corpus, limit=limit, skip_bad=skip_bad)
+    reranker = Reranker.load(
+        teacher,
+        template=template,
+        mode=mode,
+        instruction=instruction,
+        max_explanation_tokens=max_explanation_tokens,
+        options=_options(device, dtype, batch_size, concurrency, timeout),
+    )
+    config = _judge_config(reranker, limit=limit)
+    manifest = Manifest("label", config).with_inputs(pairs, queries, corpus)
+    done = label_files(texts, reranker.judge, out, manifest)
+    if json:
+        print_json({"out": str(out), "counts": done.counts.to_counts(), "labels": done.labels, "seconds": done.seconds})
+    else:
+        for relation, found in sorted(done.labels.items()):
+            shares = ", ".join(f"{label}: {count}" for label, count in sorted(found.items()))
+            console().print(f"{relation} pairs: {shares}")
+        console().print(
+            f"{done.counts.num_judgments} judgments in {out} ({done.counts.num_known} were there already, "
+            f"{done.counts.num_unreadable} unreadable, {done.seconds:.1f} s)"
+        )
+    raise typer.Exit(done.exit_code)
+
+
+def distill(
+    judgments: Annotated[
+        list[Path], existing("--judgments", help="judgments.jsonl of whyrank label; may be repeated.")
+    ],
+    queries: Annotated[list[Path], existing("--queries", help="Their queries; may be repeated.")],
+    corpus: Annotated[list[Path], existing("--corpus", help="Their documents; may be repeated.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the checkpoint.")],
+    model: Annotated[str, setting(DistillConfig, "model")] = DISTILL.model,
+    modes: Annotated[
+        str, typer.Option(help="What the student learns: explain, direct, or explain,direct.")
+    ] = "explain",
+    template: Annotated[str, typer.Option(help="Name or TOML file of the prompt to teach.")] = DEFAULT_TEMPLATE,
+    num_steps: Annotated[int, setting(DistillConfig, "num_steps")] = DISTILL.num_steps,
+    batch_size: Annotated[int, setting(DistillConfig, "batch_size")] = DISTILL.batch_size,
+    learning_rate: Annotated[float, setting(DistillConfig, "learning_rate")] = DISTILL.learning_rate,
+    num_warmup_steps: Annotated[int, setting(DistillConfig, "num_warmup_steps")] = DISTILL.num_warmup_steps,
+    weight_decay: Annotated[float, setting(DistillConfig, "weight_decay")] = DISTILL.weight_decay,
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"], setting(DistillConfig, "precision")
+    ] = DISTILL.precision,
+    device: Annotated[DeviceName, setting(DistillConfig, "device")] = DISTILL.device,
+    save_every: Annotated[int, setting(DistillConfig, "save_every")] = DISTILL.save_every,
+    seed: Annotated[int, setting(DistillConfig, "seed")] = DISTILL.seed,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
+    """Train a student to explain and label like its teacher.
+
+    Judgments without a label are left out and counted. Killed at any moment, the same command continues from its
+    last saved state.
+
+    \b
+    Example:
+      whyrank distill --judgments labelled/judgments.jsonl --queries mined/train/queries.jsonl \\
+        --corpus mined/corpus.jsonl --num-steps 300 -o student/
+    """
+    require("torch", "train")
+    require("transformers", "train")
+    from whyrank.stages.distill import distill_files
+
+    config = replace(
+        DISTILL,
+        model=model,
+        modes=_parse_modes(modes),
+        num_steps=num_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        num_warmup_steps=num_warmup_steps,
+        weight_decay=weight_decay,
+        precision=precision,
+        device=device,
+        save_every=save_every,
+        seed=seed,
+    )
+    manifest = Manifest("distill", {}, seed=seed).with_inputs(*judgments, *queries, *corpus)
+    done = distill_files(judgments, queries, corpus, Template.load(template), out, config, manifest, limit=limit)
+    last = done.history[-1]
+    if json:
+        print_json({**asdict(done), "checkpoint": str(out), "history": [asdict(step) for step in done.history]})
+        return
+    console().print(
+        f"{done.num_examples} examples ({done.num_left_out} judgments without a label left out), "
+        f"{done.num_parameters:,} parameters, loss {done.history[0].loss:.3f} to {last.loss:.3f} nats per token in "
+        f"{last.step} steps ({last.seconds:.0f} s): {out}"
+    )
+
+
+def rerank(
+    model: Annotated[
+        str | None, typer.Option(help="Folder, hub id, endpoint:URL#MODEL or scripted:FILE; default: the demo model.")
+    ] = None,
+    run: Annotated[Path | None, existing("--run", help="First-stage run; a RankGPT file brings its own texts.")] = None,
+    corpus: Annotated[Path | None, existing("--corpus", help="Documents of the run.")] = None,
+    queries: Annotated[Path | None, existing("--queries", help="Queries of the run.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for run, judgments and manifest.")] = None,
+    query: Annotated[str | None, typer.Option(help="Rank for this one query and print the reasons.")] = None,
+    documents: Annotated[Path | None, existing("--documents", help="Its documents; - is standard input.")] = None,
+    mode: ModeOption = "explain",
+    template: TemplateOption = None,
+    instruction: Instruction = None,
+    max_explanation_tokens: MaxExplanationTokens = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Rerank the first so many of each query; print so many.")
+    ] = None,
+    fuse: Annotated[str, typer.Option(help="Mix in the first stage: none, rrf, zscore:w, minmax:w.")] = "none",
+    on_unparsed: Annotated[
+        OnUnparsed,
+        typer.Option(help="A pair without a label: first_stage takes its neighbours' place, last, or error."),
+    ] = "first_stage",
+    field: Annotated[list[str] | None, typer.Option(help="Corpus field: doc_id=NAME, text=NAME, title=NAME.")] = None,
+    device: Device = MODEL.device,
+    dtype: Dtype = MODEL.dtype,
+    batch_size: BatchSize = MODEL.batch_size,
+    concurrency: Concurrency = MODEL.concurrency,
+    timeout: Timeout = MODEL.timeout,
+    excluded: Excluded = None,
+    limit: Limit = None,
+    skip_bad: SkipBad = False,
+    json: Json = False,
+) -> None:
+    """Put candidates in a better order, with the reasons.
+
+    With --run, writes run.trec, judgments.jsonl and manifest.json into -o; stopped at any moment, the same command
+    continues where it was. With --query, prints a readable ranking.
+
+    \b
+    Examples:
+      whyrank rerank --run bm25.trec --corpus docs.jsonl --queries queries.jsonl --model my-model/ -o out/
+      whyrank rerank --run rankgpt.json --model endpoint:http://localhost:8000/v1#my-model -o out/
+      whyrank rerank --query "Why do the leaves of my fern turn brown?" --documents docs.jsonl
+    """
+    is_one = query is not None and documents is not None and run is None and out is None
+    is_many = run is not None and out is not None and query is None and documents is None
+    if is_one == is_many:
+        raise typer.BadParameter("give either --run and -o, or --query and --documents")
+    fields = _parse_fields(field or [])
+    _check_fuse(fuse)
+    reranker = Reranker.load(
+        model,
+        template=template,
+        mode=mode,
+        instruction=instruction,
+        fuse=fuse,
+        on_unparsed=on_unparsed,
+        max_explanation_tokens=max_explanation_tokens,
+        options=_options(device, dtype, batch_size, concurrency, timeout),
+    )
+    if query is not None and documents is not None:
+        with _spooled(documents) as path:
+            found = list(islice(read_corpus(path, fields=fields, bad=BadLines() if skip_bad else None), limit))
+        with Progress(f"judging with {reranker.judge.generator.name}", len(found)) as progress:
+            ranking = reranker.rank(query, found, top_k=top_k, on_judgment=lambda _: progress.advance())
+        print_ranking(query, ranking, as_json=json)
+        raise typer.Exit(EXIT_PARTIAL if ranking.num_unreadable else EXIT_OK)
+    assert run is not None
+    assert out is not None
+    candidates = read_candidates(
+        run,
+        corpus=corpus,
+        queries=queries,
+        excluded=excluded,
+        top_k=top_k,
+        limit=limit,
+        skip_bad=skip_bad,
+        fields=fields,
+    )
+    config = _judge_config(reranker, fuse=fuse, on_unparsed=on_unparsed, top_k=top_k, limit=limit)
+    manifest = Manifest("rerank", config).with_inputs(run, corpus, queries, excluded)
+    done = rerank_files(candidates, reranker, out, manifest)
+    if json:
+        print_json(done.to_json())
+    else:
+        print_reranked(done)
+    raise typer.Exit(done.exit_code)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for runs, judgments, manifest and report.")] = Path(
+        "out/demo"
+    ),
+    num_steps: Annotated[int, typer.Option(min=1, help="Training steps of the explaining student.")] = DEMO.num_steps,
+    num_queries: Annotated[int, typer.Option(min=1, help="Test queries.")] = DEMO.num_queries,
+    seed: Annotated[int, typer.Option(help="Fixes data and weights.")] = DEMO.seed,
+    limit: Limit = None,
+    json: Json = False,
+) -> None:
+    """See the paper's claim happen on this machine: train two tiny students, one that explains and one that does
+    not, on the embedded almanac, and compare them with BM25 and chance.
+
+    \b
+    Example:
+      whyrank demo -o out/demo
+    """
+    for module in ("torch", "transformers"):
+        require(module, "train")
+    for module in ("matplotlib", "jinja2"):
+        require(module, "report")
+    from whyrank.demo import run_demo
+
+    queries = num_queries if limit is None else min(limit, num_queries)
+    outcome = run_demo(out, replace(DEMO, num_steps=num_steps, num_queries=queries, seed=seed))
+    if json:
+        print_json(outcome.to_json())
+    else:
+        outcome.print(console())
+
+
+def _options(device: DeviceName, dtype: DtypeName, batch_size: int, concurrency: int, timeout: float) -> ModelOptions:
+    return ModelOptions(device, dtype, batch_size, concurrency, timeout)
+
+
+def _judge_config(reranker: Reranker, **more: JsonValue) -> dict[str, JsonValue]:
+    judge = reranker.judge
+    limits = asdict(judge.template.limits)
+    return {
+        "model": judge.generator.name,
+        "template": judge.template.version,
+        "mode": judge.mode,
+        "instruction": judge.instruction,
+        "limits": limits,
+        **more,
+    }
+
+
+def _parse_modes(text: str) -> tuple[Mode, ...]:
+    modes = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not set(modes) <= set(get_args(Mode)):
+        raise typer.BadParameter(f"--modes: expected explain, direct or explain,direct, found {text!r}")
+    return cast(tuple[Mode, ...], modes)
+
+
+def _parse_fields(texts: Sequence[str]) -> dict[str, str]:
+    fields = dict(text.split("=", 1) for text in texts if "=" in text)
+    if len(fields) < len(texts) or not set(fields) <= {"doc_id", "text", "title"}:
+        raise typer.BadParameter(f"--field: expected doc_id=NAME, text=NAME or title=NAME, found {', '.join(texts)}")
+    return fields
+
+
+def _check_fuse(text: str) -> None:
+    try:
+        parse_fuse(text)
+    except InputError as cause:
+        raise typer.BadParameter(str(cause)) from cause
+
+
+@contextmanager
+def _spooled(path: Path) -> Iterator[Path]:
+    """The path itself, or for `-` a temporary file with what standard input held: readers look ahead."""
+    if str(path) != "-":
+        yield path
+        return
+    with NamedTemporaryFile(prefix="whyrank-") as spool:
+        copyfileobj(stdin.buffer, spool)
+        spool.flush()
+        yield Path(spool.name)

@@ -1,0 +1,120 @@
+"""What several verbs share: option types, help taken from the config classes, and printing."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from whyrank.generators.opening import ModelOptions
+from whyrank.records import Mode
+from whyrank.search import Bm25Config
+
+__all__ = [
+    "BatchSize",
+    "Concurrency",
+    "Corpus",
+    "Device",
+    "DeviceName",
+    "Dtype",
+    "DtypeName",
+    "Excluded",
+    "Instruction",
+    "Json",
+    "Limit",
+    "MaxExplanationTokens",
+    "ModeOption",
+    "Queries",
+    "SkipBad",
+    "TemplateOption",
+    "Timeout",
+    "console",
+    "existing",
+    "print_json",
+    "setting",
+    "show_version",
+]
+
+
+@lru_cache(maxsize=16)
+def attribute_docs(config: type) -> Mapping[str, str]:
+    """The string under each attribute of a class: the one place where an option is explained."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            found[statement.target.id] = inspect.cleandoc(str(following.value.value)).replace("`", "")
+    return found
+
+
+def setting(config: type, name: str, *flags: str) -> Any:
+    """A command-line option for one attribute of a config class, with its help."""
+    return typer.Option(*flags, help=attribute_docs(config)[name])
+
+
+def existing(*flags: str, help: str) -> Any:
+    """An option that names a file; whether it exists is checked by the reader, which also accepts `-`."""
+    return typer.Option(*flags, help=help, metavar="FILE")
+
+
+Corpus = Annotated[Path, existing("--corpus", help="Documents: JSONL, BEIR, BRIGHT, TREC SGML, Solr JSON or TSV.")]
+Queries = Annotated[Path, existing("--queries", help="Queries: JSONL, BEIR, BRIGHT examples, TREC topics or TSV.")]
+Excluded = Annotated[Path | None, existing("--excluded", help="Documents never to return: `query_id doc_id` lines.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many, to try a command out.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count malformed lines and pass over them.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+ModeOption = Annotated[Mode, typer.Option(help="explain: reason, then label; direct: label at once.")]
+TemplateOption = Annotated[
+    str | None, typer.Option(help="Name or TOML file; a checkpoint trained by whyrank brings its own.")
+]
+Instruction = Annotated[str | None, typer.Option(help="Replaces the template's statement of what is relevant.")]
+MaxExplanationTokens = Annotated[int | None, typer.Option(min=1, help="Overrides the template's cap.")]
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Annotated[DeviceName, setting(ModelOptions, "device")]
+Dtype = Annotated[DtypeName, setting(ModelOptions, "dtype")]
+BatchSize = Annotated[int, setting(ModelOptions, "batch_size")]
+Concurrency = Annotated[int, setting(ModelOptions, "concurrency")]
+Timeout = Annotated[float, setting(ModelOptions, "timeout")]
+BM25 = Bm25Config()
+MODEL = ModelOptions()
+
+
+def console() -> Console:
+    """Standard output for people; plain text when it is not a terminal."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def print_json(value: object) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        sys.stdout.write(f"whyrank {version('whyrank')}\n")
+        raise typer.Exit
+
+
+def show_version(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Rerankers that show their reasons: mine, label, distil, rerank, evaluate."""

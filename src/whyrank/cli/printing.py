@@ -1,0 +1,76 @@
+"""What people and programs read on standard output."""
+
+from __future__ import annotations
+
+from rich.padding import Padding
+from rich.text import Text
+
+from whyrank.cli.options import console, print_json
+from whyrank.rerank import Ranking
+from whyrank.stages.rerank import Reranked
+
+__all__ = ["print_ranking", "print_reranked"]
+
+PASSAGE_CHARACTERS = 160
+
+
+def print_ranking(query: str, ranking: Ranking, *, as_json: bool) -> None:
+    """One query's ranking: for people with reasons and passages, for programs as JSON."""
+    if as_json:
+        print_json({"query": query, "results": [_result(ranking, index) for index in range(len(ranking))]})
+        return
+    screen = console()
+    screen.print(Text(query, style="bold"))
+    for result in ranking:
+        score = "no label" if result.score is None else f"score {result.score:.3f}, label {result.label}"
+        note = "" if result.status == "ok" else f", {result.status}"
+        heading = Text(f"{result.rank}. {result.id}", style="bold")
+        heading.append(f"  ({score}{note}; was {result.first_stage_rank})", style="not bold")
+        screen.print()
+        screen.print(heading)
+        if result.explanation:
+            screen.print(Padding(Text(f"why: {result.explanation}"), (0, 0, 0, 3)))
+        shown = " ".join(result.passage.split())
+        cut = shown[: PASSAGE_CHARACTERS - 1] + "…" if len(shown) > PASSAGE_CHARACTERS else shown
+        screen.print(Padding(Text(cut, style="dim"), (0, 0, 0, 3)))
+    if ranking.num_unreadable:
+        screen.print(f"\n{ranking.num_unreadable} of {len(ranking)} answers could not be read")
+
+
+def _result(ranking: Ranking, index: int) -> dict[str, object]:
+    result = ranking[index]
+    return {
+        "id": result.id,
+        "rank": result.rank,
+        "score": result.score,
+        "rank_score": result.rank_score,
+        "label": result.label,
+        "probs": result.judgment.probs,
+        "explanation": result.explanation,
+        "status": result.status,
+        "passage": result.passage,
+        "first_stage_rank": result.first_stage_rank,
+    }
+
+
+def print_reranked(done: Reranked) -> None:
+    """The summary of a reranking job."""
+    counts, screen = done.counts, console()
+    statuses = ", ".join(f"{status} {count}" for status, count in sorted(counts.statuses.items()))
+    screen.print(f"{done.num_queries} queries, {counts.num_judgments} judgments ({statuses})")
+    if counts.num_known:
+        screen.print(f"{counts.num_known} were there already, {counts.num_new} are new")
+    if counts.num_torn_bytes:
+        screen.print(f"an earlier run was killed while writing: its last {counts.num_torn_bytes} bytes were cut away")
+    if counts.num_queries_cut:
+        screen.print(f"{counts.num_queries_cut} judgments saw a query that was cut to the template's max_query_tokens")
+    if counts.num_documents_cut:
+        screen.print(f"{counts.num_documents_cut} judgments saw a document that was cut to max_document_tokens")
+    if done.num_excluded:
+        screen.print(f"{done.num_excluded} excluded documents were left out")
+    if done.num_bad_lines:
+        screen.print(f"{done.num_bad_lines} malformed lines were passed over")
+    tokens = counts.num_completion_tokens / max(1, counts.num_new)
+    speed = counts.num_new / done.seconds if done.seconds else 0.0
+    screen.print(f"{speed:.1f} documents per second, {tokens:.1f} tokens written per document")
+    screen.print(f"{done.run}, {done.out / 'judgments.jsonl'}, {done.out / 'manifest.json'} ({done.seconds:.1f} s)")

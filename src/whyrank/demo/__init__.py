@@ -1,0 +1,1 @@
+"""The whole road on the embedded almanac, in minutes, on a CPU."""

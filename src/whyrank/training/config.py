@@ -1,0 +1,60 @@
+"""What can be chosen about training; importable without torch, because the command line shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from whyrank.records import Mode
+
+__all__ = ["DistillConfig", "TinyConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class TinyConfig:
+    """Shape of a model trained from scratch."""
+
+    vocab_size: int = 2048
+    """Most tokens the tokenizer may have."""
+    hidden_size: int = 128
+    """Width of the model."""
+    num_layers: int = 4
+    """Number of transformer blocks."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    intermediate_size: int = 384
+    """Width of the feed-forward layers."""
+    max_positions: int = 1024
+    """Longest sequence in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class DistillConfig:
+    """How a student is trained."""
+
+    model: str = "tiny"
+    """Where to start: `tiny` (from scratch), a folder or a hub id."""
+    modes: tuple[Mode, ...] = ("explain",)
+    """What the student learns: explain, direct or both."""
+    num_steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Examples per step."""
+    learning_rate: float = 3e-3
+    """Peak learning rate; it decays linearly to zero. 3e-3 suits tiny models from scratch, 1e-5 pretrained ones."""
+    num_warmup_steps: int = 40
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Matrix products; weights stay float32. auto is bfloat16 where the hardware multiplies it."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto prefers CUDA, then MPS, then the CPU."""
+    save_every: int = 200
+    """Steps between the states from which a killed run resumes."""
+    seed: int = 0
+    """Fixes weights, data order and everything else that is drawn."""
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+    """Shape of a model that starts from scratch."""
