@@ -233,6 +233,7 @@ def test_thinking_template_reads_what_follows_the_thought(tmp_path: Path) -> Non
     [
         "<think>\nIs it true or false? It is\ntrue",  # cut off within the thought
         "<think>one</think> false <think>two</think> true",  # two answers
+        "<think> one\n</think> false\n</think> true",  # the same in the template's own form
         "<think>one</think> true, I think",
         "<think>one</think>",
         "It is true",
