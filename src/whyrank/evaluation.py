@@ -11,6 +11,7 @@ almost everywhere. Queries that the run has and the qrels lack are counted and l
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,13 +277,21 @@ def table(evaluation: Evaluation) -> Table:
     has_strangers = any(run.num_without_qrels for run in evaluation.runs)
     columns = [*evaluation.measures, "queries", "missing"]
     columns += ["without qrels"] * has_strangers + ["unparsed"] * has_rates
-    drawn = Table("run", title=None)
+    drawn = Table()
+    drawn.add_column("run", overflow="fold")
     for column in columns:
         drawn.add_column(column, justify="right")
-    for run in evaluation.runs:
+    for run, name in zip(evaluation.runs, _short_names([run.name for run in evaluation.runs]), strict=True):
         cells = [f"{run.values[measure]:.4f}" for measure in evaluation.measures]
         cells += [str(run.num_queries), str(run.num_missing)]
         cells += [str(run.num_without_qrels)] * has_strangers
         cells += ["-" if run.unparsed_rate is None else f"{run.unparsed_rate:.2%}"] * has_rates
-        drawn.add_row(run.name, *cells)
+        drawn.add_row(name, *cells)
     return drawn
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Paths without the folders that all of them share, so that a table stays narrow."""
+    folders = [name.split("/")[:-1] for name in names]
+    num_shared = len(os.path.commonprefix(folders)) if len(names) > 1 else 0
+    return ["/".join(name.split("/")[num_shared:]) for name in names]

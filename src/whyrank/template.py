@@ -7,8 +7,7 @@ ties writing to reading, for every text `why` and every label `y` of the scale:
     template.parse(template.answer(y, why)) == (y, why)
 
 It holds because `answer` escapes what could be mistaken for structure (a line that begins like a label line, a
-thinking tag, the separator) with a backslash, and `parse` takes it away again. Before they are compared, lines are
-folded: NFKC, then case.
+thinking tag, the separator) with a backslash, and `parse` takes it away again.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ from __future__ import annotations
 import json
 import math
 import re
-import string
 import tomllib
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -31,6 +28,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from whyrank.errors import InputError
 from whyrank.generators import Request, Sampling, Segment, TextTokens
+from whyrank.label_lines import LabelLines
 from whyrank.records import Mode
 from whyrank.store import content_key
 
@@ -38,9 +36,6 @@ __all__ = ["Answer", "AnswerWords", "Limits", "PromptWords", "Rendered", "Scale"
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 CHARACTERS_PER_TOKEN_AT_MOST = 32  # a longer text is cut by characters before it is tokenised (5 MB documents)
-LINE_START = r"(?:[^\S\n]|[*_#>`~|+•-])*+"  # Markdown that may open a line
-MARK = r"[\s*_#`]*+"  # Markdown around a label is not part of it
-LONGEST_LABEL_LINE = 200  # characters; bounds the work of the patterns below on hostile text
 NUMBER_SCALES = {"0-2": range(3), "0-10": range(11), "0-100": range(101)}
 
 
@@ -94,7 +89,8 @@ class AnswerWords:
     """The shape of an answer: `explanation_prompt why separator label_prompt label terminator`.
 
     `thinking` is the pair of tags around text that a reasoning model writes before its answer; it is dropped by
-    `parse`, unless the separator itself holds the closing tag (then the thinking is the explanation).
+    `parse`, unless the separator itself holds the closing tag (then the thinking is the explanation). Two empty
+    strings: nothing is a thinking tag.
     """
 
     explanation_prompt: str = "Explanation:"
@@ -145,7 +141,7 @@ class Template:
 
     def _check_labels(self) -> None:
         labels, texts = self.scale.labels, self.label_texts
-        if len(labels) < 2 or len(set(self._label_of_normal)) != len(labels):
+        if len(labels) < 2 or len(self._label_lines.label_of_folded) != len(labels):
             raise InputError(f"template {self.name!r}: expected at least two different labels, found {labels}")
         if not all(label and label.strip() == label and "\n" not in label for label in labels):
             raise InputError(f"template {self.name!r}: a label is one line without space around it, found {labels}")
@@ -156,9 +152,9 @@ class Template:
 
     def _check_structure(self) -> None:
         words = self.answer_words
-        if not (words.separator.strip() or self._label_words):
+        if not (words.separator.strip() or self._label_lines.words):
             raise InputError(f"template {self.name!r}: a separator or a label_prompt must say where the label begins")
-        if words.label_prompt.strip() and not re.match(r"\w", self._label_words):
+        if words.label_prompt.strip() and not re.match(r"\w", self._label_lines.words):
             raise InputError(f"template {self.name!r}: expected words in label_prompt, found {words.label_prompt!r}")
         if bool(words.thinking[0]) != bool(words.thinking[1]):
             raise InputError(f"template {self.name!r}: give both thinking tags or none, found {words.thinking}")
@@ -348,12 +344,13 @@ class Template:
 
     @property
     def _is_thinking_the_explanation(self) -> bool:
-        return self.answer_words.thinking[1] in self.answer_words.separator
+        closing = self.answer_words.thinking[1]
+        return bool(closing) and closing in self.answer_words.separator
 
     def _after_thinking(self, text: str) -> str | None:
-        if self._is_thinking_the_explanation:
-            return text
         opening, closing = self.answer_words.thinking
+        if self._is_thinking_the_explanation or not closing:
+            return text
         _, closed, rest = text.rpartition(closing)
         if opening in rest:
             return None
@@ -365,87 +362,38 @@ class Template:
             suffix = self.label_prompt("explain") + ending
             if text.startswith(beginning) and text.endswith(suffix) and len(text) >= len(beginning) + len(suffix):
                 body = text[len(beginning) : len(text) - len(suffix)]
-                is_clear = self._labels_claimed(body) <= {label} and not self._is_separated(body)
+                is_clear = self._label_lines.claimed(body) <= {label} and not self._is_separated(body)
                 return Answer(label, self.unescape(body)) if is_clear else None
         return None
 
     def _parse_loosely(self, text: str) -> Answer | None:
         mark = self.answer_words.separator.strip()
-        if self._label_line:
+        if self._label_lines.words:
             before, _, statement = text.rstrip().rpartition("\n")
             # Words in a thought that was cut off are not the answer, even on a line of their own.
             is_clear = not self._is_thinking_the_explanation or mark in before or not before.strip()
         else:
             before, _, statement = text.rpartition(mark)
             is_clear = not self._is_separated(before)
-        label = self._label_on(statement)
-        if label is None or not is_clear or not self._labels_claimed(before) <= {label}:
+        label = self._label_lines.label_on(statement)
+        if label is None or not is_clear or not self._label_lines.claimed(before) <= {label}:
             return None
         why = before.strip().removeprefix(self.answer_words.explanation_prompt.strip()).strip().removesuffix(mark)
         return Answer(label, self.unescape(why).strip())
 
     def _is_separated(self, body: str) -> bool:
         """Whether a template without words before its label has a second separator, so that two labels compete."""
-        return self._label_line is None and self.answer_words.separator.strip() in body
-
-    def _labels_claimed(self, text: str) -> set[str | None]:
-        """Labels on the label lines of `text` that are not escaped; `None` stands for an unreadable one."""
-        begun = [match.start() for match in self._label_lines(text) if not match[1]]
-        return {self._label_on(line) for line in {text[start:].partition("\n")[0] for start in begun}}
+        return not self._label_lines.words and self.answer_words.separator.strip() in body
 
     @cached_property
-    def _label_words(self) -> str:
-        """The words before a label, without colon and marks; empty if the template has none."""
-        words = re.sub(rf"^{LINE_START}", "", _normal(self.answer_words.label_prompt).strip())
-        return words.rstrip("*_#`:" + string.whitespace)
-
-    @cached_property
-    def _label_line(self) -> re.Pattern[str] | None:
-        """How a label line begins; `None` if the template has no words before its label."""
-        return re.compile(rf"{LINE_START}{re.escape(self._label_words)}(?!\w)") if self._label_words else None
-
-    @cached_property
-    def _line_starts(self) -> re.Pattern[str]:
-        """Where a label line may begin: a quick look before the exact one. Group 1 holds the escaping backslashes."""
-        first = self._label_words[:1]
-        return re.compile(rf"^(\\*+)(?={LINE_START}[{re.escape(first + first.upper())}\x80-\U0010ffff])", re.MULTILINE)
-
-    def _label_lines(self, text: str) -> Iterator[re.Match[str]]:
-        """The beginnings of the label lines of `text`, escaped ones included."""
-        if self._label_line is None:
-            return
-        for match in self._line_starts.finditer(text):
-            if self._begins_label_line(match):
-                yield match
-
-    def _begins_label_line(self, match: re.Match[str]) -> bool:
-        line = match.string[match.end() : match.end() + LONGEST_LABEL_LINE].partition("\n")[0]
-        return self._label_line is not None and self._label_line.match(_normal(line)) is not None
-
-    @cached_property
-    def _label_statement(self) -> re.Pattern[str]:
-        """A whole line that states one label and nothing else."""
-        beginning = self._label_line.pattern if self._label_line else ""
-        colon = ":" if ":" in self.answer_words.label_prompt else ":?"
-        labels = "|".join(re.escape(label) for label in sorted(self._label_of_normal, key=len, reverse=True))
-        terminator = re.escape(_normal(self.answer_words.terminator).strip())
-        return re.compile(rf"{beginning}{MARK}{colon}{MARK}(?P<label>{labels}){MARK}(?:{terminator})?\.?{MARK}")
-
-    @cached_property
-    def _label_of_normal(self) -> dict[str, str]:
-        return {_normal(label): label for label in self.scale.labels}
-
-    def _label_on(self, line: str) -> str | None:
-        """The label that `line` states, the whole line being a label line."""
-        if len(line) > LONGEST_LABEL_LINE or any(unicodedata.category(c) == "No" for c in line):
-            return None  # NFKC would read the footnote in "1\N{SUPERSCRIPT TWO}" as a digit of "12"
-        stated = self._label_statement.fullmatch(_normal(line))
-        return self._label_of_normal[stated["label"]] if stated else None
+    def _label_lines(self) -> LabelLines:
+        return LabelLines(self.answer_words.label_prompt, self.scale.labels, self.answer_words.terminator)
 
     @cached_property
     def _marks(self) -> re.Pattern[str]:
         protected = sorted({*self.answer_words.thinking, self.answer_words.separator.strip()} - {""})
-        return re.compile("|".join(rf"({re.escape(mark[0])})(\\*+)({re.escape(mark[1:])})" for mark in protected))
+        forms = (rf"({re.escape(mark[0])})(\\*+)({re.escape(mark[1:])})" for mark in protected)
+        return re.compile("|".join(forms) or r"(?!)")
 
     def escape(self, why: str) -> str:
         """Make everything in `why` harmless that could be mistaken for the answer's structure.
@@ -454,21 +402,15 @@ class Template:
         that the escaped text holds neither a label line nor a stop.
         """
         marked = self._marks.sub(lambda match: _spread(match, lambda slashes: slashes + "\\"), why)
-        begins = self._begins_label_line
-        return self._line_starts.sub(lambda match: f"\\{match[0]}" if begins(match) else match[0], marked)
+        return self._label_lines.escape(marked)
 
     def unescape(self, text: str) -> str:
         """Undo `escape`; text that was never escaped is left as it is."""
-        begins = self._begins_label_line
-        plain = self._line_starts.sub(lambda match: match[0][1:] if begins(match) else match[0], text)
+        plain = self._label_lines.unescape(text)
         return self._marks.sub(lambda match: _spread(match, lambda slashes: slashes[1:]), plain)
 
 
 _ADAPTER: TypeAdapter[Template] = TypeAdapter(Template)
-
-
-def _normal(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
 
 
 def _spread(match: re.Match[str], change: Callable[[str], str]) -> str:

@@ -32,7 +32,9 @@ for verb in (data.mine, models.label, models.distill, data.search, models.rerank
 
 def main() -> None:
     """Run a command; errors that whyrank raises on purpose become one line on stderr and exit code 1."""
-    logging.basicConfig(format="whyrank: %(message)s", level=logging.WARNING)
+    warnings_only = logging.StreamHandler()
+    warnings_only.setLevel(logging.WARNING)  # some libraries set their own loggers to DEBUG
+    logging.basicConfig(format="whyrank: %(message)s", level=logging.WARNING, handlers=[warnings_only])
     try:
         app()
     except (WhyrankError, OSError) as error:

@@ -294,7 +294,7 @@ def demo(
         require(module, "train")
     for module in ("matplotlib", "jinja2"):
         require(module, "report")
-    from whyrank.demo import run_demo
+    from whyrank.demo.run import run_demo
 
     queries = num_queries if limit is None else min(limit, num_queries)
     outcome = run_demo(out, replace(DEMO, num_steps=num_steps, num_queries=queries, seed=seed))

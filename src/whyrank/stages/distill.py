@@ -12,7 +12,7 @@ from pathlib import Path
 from whyrank.datasets import read_corpus, read_queries
 from whyrank.progress import Progress
 from whyrank.records import Judgment
-from whyrank.store import Manifest, read_jsonl, write_jsonl
+from whyrank.store import Manifest, read_jsonl
 from whyrank.template import Template
 from whyrank.training.config import DistillConfig
 from whyrank.training.distill import Distilled, Step, distill
@@ -48,7 +48,6 @@ def distill_files(
             progress.advance(note=f"loss {step.loss:.3f}")
 
         result = distill(known, asked, documents, template, out, config, is_demo=is_demo, on_step=on_step)
-    write_jsonl(out / "log.jsonl", result.history)
     counts = {"num_examples": result.num_examples, "num_left_out": result.num_left_out}
     finished = manifest.finished(
         start, counts=counts, num_parameters=result.num_parameters, config=json.loads(json.dumps(asdict(config)))

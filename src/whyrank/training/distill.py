@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from whyrank.checkpoint import Card
+from whyrank.checkpoint import CARD_NAME, Card, read_card
 from whyrank.errors import InputError
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.hf.load import load_model, load_tokenizer, resolve_device
 from whyrank.records import Document, Judgment, Query
-from whyrank.store import content_key
+from whyrank.store import content_key, read_jsonl, write_jsonl
 from whyrank.template import Template
 from whyrank.training.checkpoints import TrainingState, load_state, save_checkpoint, save_state
 from whyrank.training.config import DistillConfig
@@ -34,6 +34,8 @@ from whyrank.training.examples import IGNORED, Example, collate, examples_of
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
 
 __all__ = ["Distilled", "Step", "distill", "learning_rate_at"]
+
+LOG_NAME = "log.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,11 @@ def distill(
     examples = list(examples_of(judgments, queries, documents, template, tokens, config.modes))
     _check(examples, model)
     identity = content_key(template.version, repr(config), *(judgment.key for judgment in judgments))
+    num_left_out = sum(judgment.label is None for judgment in judgments)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    finished = _finished_before(out, identity)
+    if finished is not None:
+        return Distilled(out, len(examples), num_left_out, num_parameters, finished)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     state = load_state(out / "state", model, optimizer, identity)
     history = [Step(**step) for step in state.history] if state else []
@@ -126,17 +133,26 @@ def distill(
             on_step(step)
         if step.step % config.save_every == 0 and step.step < config.num_steps:
             save_state(out / "state", model, optimizer, TrainingState(identity, [asdict(s) for s in history]))
-    result = Distilled(
-        checkpoint=out,
-        num_examples=len(examples),
-        num_left_out=sum(judgment.label is None for judgment in judgments),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        history=tuple(history),
-    )
     provenance = {"config": json.loads(json.dumps(asdict(config))), "num_examples": len(examples), "identity": identity}
     card = Card(template, config.modes, tokens.label_tokens(template), is_demo=is_demo, training=provenance)
+    write_jsonl(out / LOG_NAME, history)
     save_checkpoint(out, model, tokenizer, card)
-    return result
+    return Distilled(out, len(examples), num_left_out, num_parameters, tuple(history))
+
+
+def _finished_before(out: Path, identity: str) -> tuple[Step, ...] | None:
+    """The history of the same training if `out` already holds its result.
+
+    Raises:
+        InputError: `out` holds another checkpoint.
+    """
+    if not (out / CARD_NAME).is_file():
+        return None
+    if read_card(out / CARD_NAME).training.get("identity") != identity:
+        raise InputError(
+            f"{out} holds a checkpoint trained on other data or with other options; remove it, or choose another folder"
+        )
+    return tuple(read_jsonl(out / LOG_NAME, Step))
 
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:

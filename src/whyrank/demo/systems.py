@@ -1,0 +1,142 @@
+"""The systems that the demo compares, each measured in the same way on the same candidate lists."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from statistics import fmean
+
+import numpy as np
+from pydantic import JsonValue
+
+from whyrank.almanac import Collection
+from whyrank.evaluation import evaluate
+from whyrank.records import Judgment, Mode, Query, ScoredDocument
+from whyrank.rerank import Reranker
+from whyrank.search import Bm25Index
+from whyrank.stages.rerank import Candidates, rerank_files
+from whyrank.store import Manifest, read_jsonl
+
+__all__ = ["MEASURE", "Row", "bm25_row", "candidates_of", "random_row", "student_row"]
+
+MEASURE = "nDCG@10"
+NUM_SHUFFLES = 200
+NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One system's figures. `interval` is the 95 % bootstrap interval of the mean over queries."""
+
+    system: str
+    ndcg: float
+    interval: tuple[float, float]
+    label_accuracy: float | None
+    tokens_per_document: float
+    documents_per_second: float | None
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """As written to `results.json`."""
+        return {
+            "system": self.system,
+            MEASURE: self.ndcg,
+            f"{MEASURE}_interval": list(self.interval),
+            "label_accuracy": self.label_accuracy,
+            "tokens_per_document": self.tokens_per_document,
+            "documents_per_second": self.documents_per_second,
+        }
+
+
+def candidates_of(collection: Collection) -> Candidates:
+    """The candidate lists as a first-stage run in their own shuffled order, all scores equal in worth."""
+    run = {
+        query.query_id: [
+            ScoredDocument(query.query_id, doc_id, rank, -float(rank))
+            for rank, doc_id in enumerate(collection.candidates[query.query_id], start=1)
+        ]
+        for query in collection.queries
+    }
+    documents = {document.doc_id: document for document in collection.documents}
+    return Candidates(collection.queries, documents, run, num_excluded=0, num_bad_lines=0)
+
+
+def random_row(collection: Collection, seed: int) -> Row:
+    """The mean over random orders of every list."""
+    rng = Random(seed)
+
+    def shuffled(query: Query) -> list[str]:
+        return sorted(collection.candidates[query.query_id], key=lambda _: rng.random())
+
+    values = [_per_query(collection, shuffled) for _ in range(NUM_SHUFFLES)]
+    means = {query_id: fmean(value[query_id] for value in values) for query_id in values[0]}
+    return _row("random", means, None, 0.0, None)
+
+
+def bm25_row(collection: Collection) -> Row:
+    """BM25 with the statistics of the split's documents; candidates that share no word come last, as they stood."""
+    start = time.perf_counter()
+    index = Bm25Index.build(collection.documents)
+    found = index.search(collection.queries, top_k=len(collection.documents))
+
+    def ranked(query: Query) -> list[str]:
+        candidates = collection.candidates[query.query_id]
+        matching = [line.doc_id for line in found[query.query_id] if line.doc_id in set(candidates)]
+        return matching + [doc_id for doc_id in candidates if doc_id not in set(matching)]
+
+    values = _per_query(collection, ranked)
+    num_pairs = sum(len(candidates) for candidates in collection.candidates.values())
+    return _row("bm25", values, None, 0.0, num_pairs / (time.perf_counter() - start))
+
+
+def student_row(collection: Collection, reranker: Reranker, system: str, out: Path) -> Row:
+    """A trained model, run by the same code as `whyrank rerank`; leaves run, judgments and manifest in `out`."""
+    candidates = candidates_of(collection)
+    mode: Mode = reranker.judge.mode
+    manifest = Manifest("rerank", {"model": reranker.judge.generator.name, "mode": mode, "collection": "almanac"})
+    done = rerank_files(candidates, reranker, out, manifest)
+    judgments = {(j.query_id, j.doc_id): j for j in read_jsonl(out / "judgments.jsonl", Judgment)}
+    rankings = {
+        query.query_id: reranker.arrange(
+            query,
+            candidates.documents,
+            candidates.run[query.query_id],
+            {line.doc_id: judgments[query.query_id, line.doc_id] for line in candidates.run[query.query_id]},
+        )
+        for query in collection.queries
+    }
+    values = _per_query(collection, lambda query: [result.id for result in rankings[query.query_id]])
+    right = [judgments[pair].label == str(label) for pair, label in collection.labels.items()]
+    spent = fmean(judgment.num_completion_tokens for judgment in judgments.values())
+    return _row(system, values, fmean(right), spent, len(judgments) / done.seconds)
+
+
+def _per_query(collection: Collection, ranked: Callable[[Query], Sequence[str]]) -> dict[str, float]:
+    run = {
+        query.query_id: [
+            ScoredDocument(query.query_id, doc_id, rank, -float(rank)) for rank, doc_id in enumerate(ranked(query), 1)
+        ]
+        for query in collection.queries
+    }
+    return dict(evaluate(collection.qrels, {"run": run}, [MEASURE]).runs[0].per_query[MEASURE])
+
+
+def _row(
+    system: str,
+    values: Mapping[str, float],
+    accuracy: float | None,
+    tokens_per_document: float,
+    documents_per_second: float | None,
+) -> Row:
+    low, high = bootstrap_interval(list(values.values()))
+    return Row(system, fmean(values.values()), (low, high), accuracy, tokens_per_document, documents_per_second)
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean over queries (Efron & Tibshirani 1993, chapter 13)."""
+    data = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(0, len(data), size=(NUM_RESAMPLES, len(data)))
+    low, high = np.quantile(data[drawn].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
