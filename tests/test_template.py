@@ -249,6 +249,14 @@ def test_thought_that_is_cut_off_has_no_label_line(tmp_path: Path) -> None:
     assert template.parse("<think>It says so</think>\nVerdict: true") == ("true", "It says so")
 
 
+def test_template_without_thinking_tags_takes_them_as_text(tmp_path: Path) -> None:
+    template = from_toml(RULED + 'thinking = ["", ""]\n', tmp_path)
+    template = replace(template, answer_words=replace(template.answer_words, separator="\n"))
+    assert template.escape("<think>") == "<think>"
+    assert template.parse(template.answer("2", "a <think> b")) == ("2", "a <think> b")
+    assert template.parse("a <think> b\nGrade: 2") == ("2", "a <think> b")
+
+
 def test_terminator_word_and_marked_prompt_are_read_loosely(tmp_path: Path) -> None:
     template = from_toml(RULED, tmp_path)
     assert template.parse("Some reason.\n---\nGrade: 10") == ("10", "Some reason.")

@@ -11,9 +11,9 @@ almost everywhere. Queries that the run has and the qrels lack are counted and l
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -293,5 +293,6 @@ def table(evaluation: Evaluation) -> Table:
 def _short_names(names: Sequence[str]) -> list[str]:
     """Paths without the folders that all of them share, so that a table stays narrow."""
     folders = [name.split("/")[:-1] for name in names]
-    num_shared = len(os.path.commonprefix(folders)) if len(names) > 1 else 0
+    is_shared = (len(set(parts)) == 1 for parts in zip(*folders, strict=False))
+    num_shared = sum(1 for _ in takewhile(bool, is_shared)) if len(names) > 1 else 0
     return ["/".join(name.split("/")[num_shared:]) for name in names]
