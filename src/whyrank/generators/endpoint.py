@@ -134,28 +134,29 @@ class Endpoint:
             GenerationError: the endpoint refuses (401, 403, 404) or redirects, so that every call would fail.
         """
         done: SimpleQueue[tuple[int, Future[Completion]]] = SimpleQueue()
+        under_way: set[Future[Completion]] = set()
         numbered = enumerate(requests)
-        num_under_way, has_more = 0, True
-        with self._calls() as (loop, calls):
+        has_more = True
+        with self._calls(under_way) as (loop, calls):
             while True:
-                while has_more and num_under_way < self._config.concurrency and done.empty():
+                while has_more and len(under_way) < self._config.concurrency and done.empty():
                     item = next(numbered, None)
                     if item is None:
                         has_more = False
                         break
                     future = asyncio.run_coroutine_threadsafe(calls.complete(item[1]), loop)
+                    under_way.add(future)
                     future.add_done_callback(partial(_put, done, item[0]))
-                    num_under_way += 1
-                if not num_under_way:
+                if not under_way:
                     return
                 index, future = done.get()
-                num_under_way -= 1
+                under_way.remove(future)
                 if future.exception() is not None:
                     yield from _what_came_back(done)
                 yield index, future.result()
 
     @contextmanager
-    def _calls(self) -> Iterator[tuple[asyncio.AbstractEventLoop, _Calls]]:
+    def _calls(self, under_way: set[Future[Completion]]) -> Iterator[tuple[asyncio.AbstractEventLoop, _Calls]]:
         headers = {"Content-Type": "application/json", "User-Agent": "whyrank"}
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
@@ -171,6 +172,8 @@ class Endpoint:
             try:
                 yield loop, calls
             finally:
+                for future in under_way:
+                    future.cancel()
                 asyncio.run_coroutine_threadsafe(_close(client), loop).result()
 
 
@@ -200,10 +203,8 @@ def _loop_in_thread() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 async def _close(client: httpx.AsyncClient) -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    # The calls are cancelled by now. What they have started themselves they end themselves: it is only waited for.
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
     await client.aclose()
 
 
