@@ -396,6 +396,14 @@ def test_key_that_cannot_stand_in_a_header_is_not_shown() -> None:
     assert CANARY not in str(caught.value)
 
 
+def test_https_is_not_turned_into_http() -> None:
+    with FakeEndpoint(lambda document, attempt: Reply(text=ANSWER)) as server:
+        url = server.url.replace("http:", "https:")
+        [(_, completion)] = Endpoint(url, "m", config=replace(QUICK, max_retries=0)).generate(requests_for(1))
+    assert "ConnectError" in failed(completion)
+    assert server.seen == []
+
+
 def test_name_is_the_configuration() -> None:
     assert Endpoint("http://127.0.0.1:8000/v1/", "a/b").name == "endpoint:http://127.0.0.1:8000/v1#a/b"
     assert Endpoint("https://host/v1/chat/completions", "m").name == "endpoint:https://host/v1#m"

@@ -165,6 +165,7 @@ class Endpoint:
             timeout=self._config.timeout,
             limits=httpx.Limits(max_connections=self._config.concurrency),
             follow_redirects=False,
+            verify=self._url.startswith("https:"),  # reading the certificates takes time that plain http can save
             trust_env=not _is_loopback(self._url),  # a proxy of the environment cannot see this machine
         )
         calls = _Calls(client, self._url, self._model, self._api_key, self._config)
