@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from whyrank.errors import InputError
+from whyrank.errors import GenerationError, InputError
 from whyrank.generators import Completion, Generator, Sampling
 from whyrank.records import JUDGED_STATUSES, Document, Judgment, Mode, Query, Status
 from whyrank.store import JsonlAppender, content_key
@@ -45,7 +45,11 @@ class Judge:
         return content_key(self.template.version, self.generator.name, how, query.text, document.full_text)
 
     def judge(self, pairs: Iterable[tuple[Query, Document]]) -> Iterator[Judgment]:
-        """Yield one judgment per pair as soon as it is ready, in any order. `pairs` is read as a stream."""
+        """Yield one judgment per pair as soon as it is ready, in any order. `pairs` is read as a stream.
+
+        Raises:
+            GenerationError: the generator ended without answering every request.
+        """
         under_way: dict[int, tuple[Query, Document, Rendered]] = {}
 
         def requests() -> Iterator[tuple[int, Rendered]]:
@@ -64,6 +68,8 @@ class Judge:
         for index, completion in self.generator.generate(rendered.request for _, rendered in requests()):
             query, document, rendered = under_way.pop(index)
             yield self._read(query, document, rendered, completion)
+        if under_way:
+            raise GenerationError(f"{self.generator.name} gave no completion for {len(under_way)} of its requests")
 
     def _read(self, query: Query, document: Document, rendered: Rendered, completion: Completion) -> Judgment:
         blank = Judgment(
@@ -92,9 +98,9 @@ class Judge:
         return self._read_answer(blank, completion)
 
     def _read_distribution(self, blank: Judgment, completion: Completion, probs: tuple[float, ...]) -> Judgment:
-        mass = math.fsum(probs)
-        if not math.isfinite(mass) or min(probs) < 0:
+        if not all(math.isfinite(p) and p >= 0 for p in probs):
             return replace(blank, error=f"GenerationError: the label probabilities are not numbers: {probs}")
+        mass = math.fsum(probs)
         if mass == 0.0:
             return replace(blank, status="unparsed", unreadable=completion.text, label_mass=0.0)
         scale = self.template.scale
@@ -170,11 +176,12 @@ def judge_into(
     """Judge every pair that `path` does not hold yet, append each judgment as it comes, and yield all of them.
 
     Judgments already in the file come first. Failed ones (`error`) are dropped and tried again; a pair whose texts
-    were judged under other ids is copied, not computed. After a kill nothing is lost and nothing doubled.
+    were judged under other ids is copied, not computed; a pair that comes twice is judged and yielded once. After a
+    kill nothing is lost and nothing doubled.
 
     Raises:
         InputError: another process is writing the file, it holds something else than judgments, or it holds a
-            judgment of one of the pairs that was made differently.
+            judgment of one of the pairs that was made differently; a pair comes twice with different texts.
     """
     with JsonlAppender(path, Judgment) as appender:
         counts.num_torn_bytes = appender.num_torn_bytes
@@ -184,12 +191,19 @@ def judge_into(
             appender.rewrite(kept)
         known = {(judgment.query_id, judgment.doc_id): judgment for judgment in kept}
         by_key = {judgment.key: judgment for judgment in kept}
-        reused: list[Judgment] = []
+        reused: deque[Judgment] = deque()
+        seen: dict[tuple[str, str], str] = {}
 
         def missing() -> Iterator[tuple[Query, Document]]:
             for query, document in pairs:
                 key = judge.key(query, document)
-                here = known.get((query.query_id, document.doc_id))
+                ids = (query.query_id, document.doc_id)
+                if ids in seen:
+                    if seen[ids] != key:
+                        raise InputError(f"the pair {ids} comes twice, with different texts")
+                    continue
+                seen[ids] = key
+                here = known.get(ids)
                 if here is not None and here.key != key:
                     raise InputError(
                         f"{path} holds a judgment of ({query.query_id}, {document.doc_id}) by {here.model} with "
@@ -212,8 +226,8 @@ def judge_into(
         yield from _drain(reused, counts)
 
 
-def _drain(reused: list[Judgment], counts: JudgingCounts) -> Iterator[Judgment]:
+def _drain(reused: deque[Judgment], counts: JudgingCounts) -> Iterator[Judgment]:
     while reused:
-        judgment = reused.pop(0)
+        judgment = reused.popleft()
         counts.add(judgment, is_new=False)
         yield judgment
