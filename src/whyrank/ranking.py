@@ -130,7 +130,9 @@ def _fuse(placed: Sequence[tuple[ScoredDocument, float]], fuse: Fuse) -> list[tu
 def _zscore(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean 0 and standard deviation 1 over the list; all zeros if the values are equal."""
     spread = values.std()
-    return (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)
+    # The mean of equal values may be off by a rounding error, and their deviation then above 0.
+    is_flat = spread == 0 or bool(np.all(values == values[0]))
+    return np.zeros_like(values) if is_flat else (values - values.mean()) / spread
 
 
 def _minmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
