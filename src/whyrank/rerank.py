@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import overload
 
@@ -161,20 +161,25 @@ class Reranker:
             on_judgment: called with each judgment as soon as it is made.
 
         Raises:
-            InputError: no documents, or an id twice.
+            InputError: no documents, an id twice, or scores that are not one for each document.
         """
         asked = query if isinstance(query, Query) else Query("query", query)
-        records = [read_document(document, index, fields or {}) for index, document in enumerate(documents)]
-        if not records:
-            raise InputError("expected at least one document to rank, found none")
+        if top_k is not None and top_k < 1:
+            raise InputError(f"expected top_k of at least 1, found {top_k}")
+        records = _read_documents(documents, fields or {})
         if first_stage_scores is None and self.fuse.method in ("zscore", "minmax"):
             raise InputError(
                 f"fuse={self.fuse} mixes in first-stage scores: pass first_stage_scores, or use rrf or none"
             )
-        scores = first_stage_scores or [-float(index) for index in range(len(records))]
+        if first_stage_scores is None:
+            first_stage_scores = [-float(index) for index in range(len(records))]
+        if len(first_stage_scores) != len(records):
+            raise InputError(
+                f"expected {len(records)} first_stage_scores, one for each document, found {len(first_stage_scores)}"
+            )
         candidates = [
-            ScoredDocument(asked.query_id, document.doc_id, index + 1, score)
-            for index, (document, score) in enumerate(zip(records, scores, strict=True))
+            ScoredDocument(asked.query_id, document.doc_id, index + 1, float(score))
+            for index, (document, score) in enumerate(zip(records, first_stage_scores, strict=True))
         ]
         by_id = {document.doc_id: document for document in records}
         _check_ids(asked, records, candidates, by_id)
@@ -209,9 +214,11 @@ class Reranker:
                     yield query, document
 
         next_number = 0
-        for judgment in self.judge.judge(pairs()):
-            number = owners[(judgment.query_id, judgment.doc_id)].pop(0)
-            waiting[number][3][judgment.doc_id] = judgment
+        # The empty round after the last judgment is for jobs without documents, which no judgment completes.
+        for judgment in chain(self.judge.judge(pairs()), [None]):
+            if judgment is not None:
+                number = owners[(judgment.query_id, judgment.doc_id)].pop(0)
+                waiting[number][3][judgment.doc_id] = judgment
             while next_number in waiting and len(waiting[next_number][3]) == len(waiting[next_number][1]):
                 yield self.arrange(*waiting.pop(next_number))
                 next_number += 1
@@ -264,16 +271,34 @@ def _check_ids(
         raise InputError(f"query {query.query_id}: candidates and documents must have the same ids")
 
 
+def _read_documents(documents: Iterable[DocumentLike], fields: Mapping[str, str]) -> list[Document]:
+    if isinstance(documents, str | Mapping):
+        raise InputError(f"expected a list of documents, found a single {type(documents).__name__}")
+    unknown = sorted(set(fields) - {"doc_id", "text", "title"})
+    if unknown:
+        raise InputError(f"expected fields among doc_id, text and title, found {', '.join(unknown)}")
+    records = [read_document(document, index, fields) for index, document in enumerate(documents)]
+    if not records:
+        raise InputError("expected at least one document to rank, found none")
+    return records
+
+
 def read_document(document: DocumentLike, index: int, fields: Mapping[str, str]) -> Document:
-    """A record from what a user gave; a bare text gets its position as id.
+    """A record from what a user gave; a text or mapping without an id gets its position as id.
 
     Raises:
-        InputError: a mapping lacks a text, or the text is not a string.
+        InputError: it is none of these, a mapping lacks a text or a field that `fields` names, or the text is not a
+            string.
     """
     if isinstance(document, Document):
         return document
     if isinstance(document, str):
         return Document(str(index), document)
+    if not isinstance(document, Mapping):
+        raise InputError(f"document {index}: expected a text, a mapping or a Document, found {type(document).__name__}")
+    absent = sorted(name for name in fields.values() if name not in document)
+    if absent:
+        raise InputError(f"document {index}: no field {', '.join(absent)}, found the fields {sorted(document)}")
     text = _pick(document, fields.get("text"), TEXT_FIELDS)
     if not isinstance(text, str):
         names = fields.get("text") or ", ".join(TEXT_FIELDS)
