@@ -18,7 +18,6 @@ from whyrank.generators import Completion, Request
 from whyrank.generators.opening import ModelOptions
 from whyrank.generators.overlap import Overlap
 from whyrank.generators.scripted import Scripted, ScriptedAnswer
-from whyrank.ranking import OnUnparsed
 from whyrank.records import Document, Query, ScoredDocument
 from whyrank.rerank import DocumentLike, Ranking
 from whyrank.store import write_jsonl
