@@ -20,15 +20,17 @@ from whyrank.cli.options import (
     BatchSize,
     Concurrency,
     Corpus,
+    Deadline,
     Device,
     DeviceName,
     Dtype,
-    DtypeName,
     Excluded,
     Instruction,
     Json,
     Limit,
+    Logprobs,
     MaxExplanationTokens,
+    MaxRetries,
     ModeOption,
     Queries,
     SkipBad,
@@ -78,6 +80,9 @@ def label(
     batch_size: BatchSize = MODEL.batch_size,
     concurrency: Concurrency = MODEL.concurrency,
     timeout: Timeout = MODEL.timeout,
+    deadline: Deadline = MODEL.deadline,
+    max_retries: MaxRetries = MODEL.max_retries,
+    logprobs: Logprobs = MODEL.has_logprobs,
     limit: Limit = None,
     skip_bad: SkipBad = False,
     json: Json = False,
@@ -99,7 +104,9 @@ def label(
         mode=mode,
         instruction=instruction,
         max_explanation_tokens=max_explanation_tokens,
-        options=_options(device, dtype, batch_size, concurrency, timeout),
+        options=ModelOptions(
+            device, dtype, batch_size, concurrency, timeout, deadline, max_retries, has_logprobs=logprobs
+        ),
     )
     config = _judge_config(reranker, limit=limit)
     manifest = Manifest("label", config).with_inputs(pairs, queries, corpus)
@@ -212,6 +219,9 @@ def rerank(
     batch_size: BatchSize = MODEL.batch_size,
     concurrency: Concurrency = MODEL.concurrency,
     timeout: Timeout = MODEL.timeout,
+    deadline: Deadline = MODEL.deadline,
+    max_retries: MaxRetries = MODEL.max_retries,
+    logprobs: Logprobs = MODEL.has_logprobs,
     excluded: Excluded = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -242,7 +252,9 @@ def rerank(
         fuse=fuse,
         on_unparsed=on_unparsed,
         max_explanation_tokens=max_explanation_tokens,
-        options=_options(device, dtype, batch_size, concurrency, timeout),
+        options=ModelOptions(
+            device, dtype, batch_size, concurrency, timeout, deadline, max_retries, has_logprobs=logprobs
+        ),
     )
     if query is not None and documents is not None:
         with _spooled(documents) as path:
@@ -302,10 +314,6 @@ def demo(
         print_json(outcome.to_json())
     else:
         outcome.print(console())
-
-
-def _options(device: DeviceName, dtype: DtypeName, batch_size: int, concurrency: int, timeout: float) -> ModelOptions:
-    return ModelOptions(device, dtype, batch_size, concurrency, timeout)
 
 
 def _judge_config(reranker: Reranker, **more: JsonValue) -> dict[str, JsonValue]:

@@ -24,6 +24,7 @@ __all__ = [
     "BatchSize",
     "Concurrency",
     "Corpus",
+    "Deadline",
     "Device",
     "DeviceName",
     "Dtype",
@@ -32,7 +33,9 @@ __all__ = [
     "Instruction",
     "Json",
     "Limit",
+    "Logprobs",
     "MaxExplanationTokens",
+    "MaxRetries",
     "ModeOption",
     "Queries",
     "SkipBad",
@@ -92,6 +95,9 @@ Dtype = Annotated[DtypeName, setting(ModelOptions, "dtype")]
 BatchSize = Annotated[int, setting(ModelOptions, "batch_size")]
 Concurrency = Annotated[int, setting(ModelOptions, "concurrency")]
 Timeout = Annotated[float, setting(ModelOptions, "timeout")]
+Deadline = Annotated[float, setting(ModelOptions, "deadline")]
+MaxRetries = Annotated[int, setting(ModelOptions, "max_retries")]
+Logprobs = Annotated[bool, setting(ModelOptions, "has_logprobs", "--logprobs")]
 BM25 = Bm25Config()
 MODEL = ModelOptions()
 

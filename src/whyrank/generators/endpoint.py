@@ -117,8 +117,8 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """`endpoint:URL#MODEL`."""
-        return f"endpoint:{self._url}#{self._model}"
+        """`endpoint:URL#MODEL`, with `+logprobs` where labels are read from those: such judgments differ in kind."""
+        return f"endpoint:{self._url}#{self._model}" + ("+logprobs" if self._config.has_logprobs else "")
 
     @property
     def tokens(self) -> TextTokens:

@@ -41,6 +41,12 @@ class ModelOptions:
     """Requests that are under way at an endpoint at once."""
     timeout: float = 120.0
     """Seconds until an attempt at an endpoint is given up."""
+    deadline: float = 600.0
+    """Seconds until a request to an endpoint, with all its attempts, is given up."""
+    max_retries: int = 5
+    """Further attempts after an endpoint was busy or failed; its Retry-After is always honoured."""
+    has_logprobs: bool = False
+    """Read the label distribution from an endpoint's log-probabilities, where it offers them."""
 
 
 def open_model(
@@ -79,7 +85,13 @@ def open_model(
         url, _, model = rest.partition("#")
         if not url or not model:
             raise InputError(f"expected endpoint:URL#MODEL, found {str(spec)!r}")
-        config = EndpointConfig(concurrency=options.concurrency, timeout=options.timeout)
+        config = EndpointConfig(
+            concurrency=options.concurrency,
+            timeout=options.timeout,
+            deadline=options.deadline,
+            max_retries=options.max_retries,
+            has_logprobs=options.has_logprobs,
+        )
         return Endpoint(url, model, config=config), template or Template.load(DEFAULT_TEMPLATE)
     if kind == "scripted" and rest:
         from whyrank.generators.scripted import Scripted
