@@ -25,7 +25,7 @@ from whyrank.errors import InputError
 from whyrank.generators.hf.load import without_progress_bars
 from whyrank.store import read_json
 
-__all__ = ["TrainingState", "atomic_folder", "load_state", "save_checkpoint", "save_state"]
+__all__ = ["TrainingState", "atomic_folder", "load_state", "recover", "save_checkpoint", "save_state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +40,28 @@ class TrainingState:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Give an empty sibling folder that replaces `folder` when the block ends well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    growing, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("growing", "old"))
-    for leftover in (growing, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    recover(folder)
+    growing, old = _siblings(folder)
+    shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir()
     yield growing
     if folder.exists():
         os.rename(folder, old)
     os.rename(growing, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Finish what a kill in the middle of `atomic_folder` left: between its two renames only the old one is whole."""
+    _, old = _siblings(folder)
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _siblings(folder: Path) -> tuple[Path, Path]:
+    """Where the new content grows, and where the old one waits until the new one has its place."""
+    return folder.with_name(f".{folder.name}.growing"), folder.with_name(f".{folder.name}.old")
 
 
 def save_checkpoint(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Card) -> None:
@@ -63,7 +76,8 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedT
         os.replace(path, folder / path.name)
     growing.rmdir()
     write_card(folder, card)
-    shutil.rmtree(folder / "state", ignore_errors=True)
+    for leftover in (folder / "state", *_siblings(folder / "state")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
@@ -84,6 +98,7 @@ def load_state(
     Raises:
         InputError: the state belongs to other data or another config.
     """
+    recover(folder)
     if not (folder / "state.json").is_file():
         return None
     state = TrainingState(**read_json(folder / "state.json"))

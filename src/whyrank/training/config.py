@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from whyrank.errors import InputError
 from whyrank.records import Mode
 
 __all__ = ["DistillConfig", "TinyConfig"]
@@ -30,7 +32,11 @@ class TinyConfig:
 
 @dataclass(frozen=True, slots=True)
 class DistillConfig:
-    """How a student is trained."""
+    """How a student is trained.
+
+    Raises:
+        InputError: a number is outside its range, or there is no mode.
+    """
 
     model: str = "tiny"
     """Where to start: `tiny` (from scratch), a folder or a hub id."""
@@ -58,3 +64,16 @@ class DistillConfig:
     """Fixes weights, data order and everything else that is drawn."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
     """Shape of a model that starts from scratch."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"expected {name} of at least 1, found {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"expected {name} above 0, found {getattr(self, name)}")
+        for name in ("num_warmup_steps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"expected {name} of at least 0, found {getattr(self, name)}")
+        if not self.modes:
+            raise InputError("expected at least one mode to learn, explain or direct, found none")

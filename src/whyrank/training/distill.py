@@ -68,7 +68,6 @@ def distill(
     out: Path,
     config: DistillConfig = DistillConfig(),
     *,
-    is_demo: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> Distilled:
     """Train a student on judgments and save it as a Hugging Face checkpoint in `out`, with its `whyrank.json`.
@@ -82,7 +81,6 @@ def distill(
         template: the prompt and answer shape to teach.
         out: folder of the checkpoint; `out/state` holds what resuming needs until training is over.
         config: how to train.
-        is_demo: mark the checkpoint as the embedded demo model.
         on_step: called after every optimizer step.
 
     Raises:
@@ -93,7 +91,8 @@ def distill(
     tokens = ChatTokens(tokenizer)
     examples = list(examples_of(judgments, queries, documents, template, tokens, config.modes))
     _check(examples, model)
-    identity = content_key(template.version, repr(config), *(judgment.key for judgment in judgments))
+    # What is trained on, not where it came from: a judgment's key stays when its label is made anew.
+    identity = content_key(template.version, repr(config), *(content_key(repr(example)) for example in examples))
     num_left_out = sum(judgment.label is None for judgment in judgments)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     finished = _finished_before(out, identity)
@@ -112,6 +111,7 @@ def distill(
         batch = next(batches)
         ids, mask, targets = (tensor.to(device) for tensor in collate(batch, _pad_id(tokenizer)))
         num_last = max(len(example.ids) - example.num_prompt for example in batch) + 1
+        torch.manual_seed(config.seed + number)  # dropout is then the same whether or not the run was resumed
         rate = learning_rate_at(number, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -134,7 +134,7 @@ def distill(
         if step.step % config.save_every == 0 and step.step < config.num_steps:
             save_state(out / "state", model, optimizer, TrainingState(identity, [asdict(s) for s in history]))
     provenance = {"config": json.loads(json.dumps(asdict(config))), "num_examples": len(examples), "identity": identity}
-    card = Card(template, config.modes, tokens.label_tokens(template), is_demo=is_demo, training=provenance)
+    card = Card(template, config.modes, tokens.label_tokens(template), training=provenance)
     write_jsonl(out / LOG_NAME, history)
     save_checkpoint(out, model, tokenizer, card)
     return Distilled(out, len(examples), num_left_out, num_parameters, tuple(history))
