@@ -24,13 +24,12 @@ class Card:
     """The card of a checkpoint.
 
     `label_tokens` maps each label text to its token ids at training time, so that a tokenizer that changed on the
-    way is noticed. `is_demo` marks the embedded model. `training` is free-form provenance.
+    way is noticed. `training` is free-form provenance.
     """
 
     template: Template
     modes: tuple[Mode, ...] = ("explain",)
     label_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    is_demo: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, *, mode: Mode, template: Template | None, label_tokens: Mapping[str, tuple[int, ...]]) -> None:
@@ -64,7 +63,6 @@ def write_card(folder: Path | str, card: Card) -> None:
         "template": card.template.to_dict(),
         "modes": list(card.modes),
         "label_tokens": {label: list(ids) for label, ids in card.label_tokens.items()},
-        "is_demo": card.is_demo,
         "training": dict(card.training),
     }
     with atomic_path(Path(folder) / CARD_NAME) as temporary:
@@ -81,16 +79,22 @@ def read_card(path: Path | str) -> Card:
     if not isinstance(data, dict) or data.get("format") != CARD_FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise InputError(f"{path}: expected a whyrank card of format {CARD_FORMAT}, found {found!r}; update whyrank")
-    template = Template.from_dict(data["template"], where=str(path))
-    if template.version != data["template_version"]:
-        raise InputError(
-            f"{path}: the template is {template.version}, the card was written for "
-            f"{data['template_version']}; a checkpoint's template must not be edited"
+    try:
+        card = Card(
+            template=Template.from_dict(data["template"], where=str(path)),
+            modes=tuple(data["modes"]),
+            label_tokens={label: tuple(ids) for label, ids in data["label_tokens"].items()},
+                training=data["training"],
         )
-    return Card(
-        template=template,
-        modes=tuple(data["modes"]),
-        label_tokens={label: tuple(ids) for label, ids in data["label_tokens"].items()},
-        is_demo=data["is_demo"],
-        training=data["training"],
-    )
+        version = data["template_version"]
+    except (KeyError, TypeError, AttributeError) as cause:
+        raise InputError(
+            f"{path}: expected a whole whyrank card, found one that is damaged ({type(cause).__name__}: {cause}); "
+            "copy it again from the checkpoint"
+        ) from cause
+    if card.template.version != version:
+        raise InputError(
+            f"{path}: the template is {card.template.version}, the card was written for {version}; a checkpoint's "
+            "template must not be edited"
+        )
+    return card

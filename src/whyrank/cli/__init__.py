@@ -11,6 +11,7 @@ import sys
 import typer
 
 from whyrank.cli import data, models
+from whyrank.cli.almanac import almanac
 from whyrank.cli.options import show_version
 from whyrank.errors import WhyrankError
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.callback()(show_version)
 for verb in (data.mine, models.label, models.distill, data.search, models.rerank, data.evaluate, models.demo):
     app.command()(verb)
+app.add_typer(almanac, name="almanac")
 
 
 def main() -> None:

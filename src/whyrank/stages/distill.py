@@ -30,7 +30,6 @@ def distill_files(
     manifest: Manifest,
     *,
     limit: int | None = None,
-    is_demo: bool = False,
 ) -> Distilled:
     """Train a student on judgments from one or more files, into `out`; `out/log.jsonl` holds the loss curve.
 
@@ -47,7 +46,7 @@ def distill_files(
         def on_step(step: Step) -> None:
             progress.advance(note=f"loss {step.loss:.3f}")
 
-        result = distill(known, asked, documents, template, out, config, is_demo=is_demo, on_step=on_step)
+        result = distill(known, asked, documents, template, out, config, on_step=on_step)
     counts = {"num_examples": result.num_examples, "num_left_out": result.num_left_out}
     finished = manifest.finished(
         start, counts=counts, num_parameters=result.num_parameters, config=json.loads(json.dumps(asdict(config)))
