@@ -84,7 +84,7 @@ def read_card(path: Path | str) -> Card:
             template=Template.from_dict(data["template"], where=str(path)),
             modes=tuple(data["modes"]),
             label_tokens={label: tuple(ids) for label, ids in data["label_tokens"].items()},
-                training=data["training"],
+            training=data["training"],
         )
         version = data["template_version"]
     except (KeyError, TypeError, AttributeError) as cause:
