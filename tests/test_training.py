@@ -1,0 +1,429 @@
+"""Distillation: what is learned, token by token, that it is learned, and that a killed run loses nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from whyrank import Reranker
+from whyrank.checkpoint import CARD_NAME, read_card
+from whyrank.errors import InputError
+from whyrank.generators.hf import HfGenerator
+from whyrank.generators.hf.chat import ChatTokens
+from whyrank.generators.opening import ModelOptions
+from whyrank.generators.scripted import Scripted, ScriptedAnswer
+from whyrank.judging import Judge
+from whyrank.records import Document, Judgment, Mode, Query
+from whyrank.template import Template
+from whyrank.training.checkpoints import atomic_folder, recover
+from whyrank.training.config import DistillConfig, TinyConfig
+from whyrank.training.distill import Distilled, Step, answer_loss, distill, learning_rate_at
+from whyrank.training.examples import IGNORED, Example, collate, examples_of
+from whyrank.training.tiny import tiny_tokenizer
+
+ALMANAC = Template.load("almanac")
+QUERIES = {
+    "fern": Query("fern", "my fern turns brown and dry"),
+    "bread": Query("bread", "the bread is flat and dense"),
+}
+DOCUMENTS = {
+    "air": Document("air", "Leaves lose water to dry air."),
+    "yeast": Document("yeast", "Cold dough rises slowly.", title="Yeast"),
+}
+TAUGHT = {
+    ("fern", "air"): ("2", "Dry air takes the water that brown leaves lack."),
+    ("fern", "yeast"): ("0", "Dough has nothing to do with a fern."),
+    ("bread", "air"): ("0", "Leaves are not bread."),
+    ("bread", "yeast"): ("1", "Slow rising is one cause of dense bread, others remain.\nLabel: 2"),
+}
+TINY = TinyConfig(vocab_size=400, hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128, max_positions=192)
+CONFIG = DistillConfig(
+    modes=("explain", "direct"),
+    num_steps=90,
+    batch_size=8,
+    learning_rate=5e-3,
+    num_warmup_steps=5,
+    precision="float32",
+    device="cpu",
+    save_every=1000,
+    tiny=TINY,
+)
+CPU = ModelOptions(device="cpu", dtype="float32", batch_size=3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only wait for each other on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def judgments(taught: Mapping[tuple[str, str], tuple[str, str]] = TAUGHT) -> list[Judgment]:
+    """What a scripted teacher says; an empty label is an answer that cannot be read."""
+    pairs = [(QUERIES[query_id], DOCUMENTS[doc_id]) for query_id, doc_id in taught]
+    answers = [
+        ScriptedAnswer(query.text, document.full_text, explanation=why, label=label)
+        if label
+        else ScriptedAnswer(query.text, document.full_text, answer=why)
+        for (query, document), (label, why) in zip(pairs, taught.values(), strict=True)
+    ]
+    found = list(Judge(ALMANAC, Scripted(answers)).judge(pairs))
+    # The scripted teacher stops at a label line; a teacher that escapes it may go on.
+    return [
+        replace(judgment, explanation=taught[(judgment.query_id, judgment.doc_id)][1] if judgment.label else "")
+        for judgment in found
+    ]
+
+
+def train(out: Path, config: DistillConfig, on_step: Callable[[Step], None] | None = None) -> Distilled:
+    return distill(judgments(), QUERIES, DOCUMENTS, ALMANAC, out, config, on_step=on_step)
+
+
+# ---- examples -----------------------------------------------------------------------------------------------
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every character of plain English is one token, because there is no room for merges."""
+    return tiny_tokenizer(["a"], vocab_size=3 + 256)
+
+
+def by_hand(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Byte-level BPE writes a space as Ġ and a newline as Ċ."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[{" ": "Ġ", "\n": "Ċ"}.get(letter, letter)] for letter in text]
+
+
+def test_examples_by_hand() -> None:
+    tokenizer = byte_tokenizer()
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    taught = judgments({("bread", "yeast"): ("1", "So.")})
+    explain, direct = examples_of(taught, QUERIES, DOCUMENTS, ALMANAC, ChatTokens(tokenizer), ("explain", "direct"))
+    asked = "Query: the bread is flat and dense\n\nDocument: Yeast\nCold dough rises slowly.\n"
+    prompt = [begin, *by_hand(tokenizer, asked + "Explanation:")]
+    assert list(explain.ids) == [*prompt, *by_hand(tokenizer, " So.\nLabel: 1"), end]
+    assert explain.num_prompt == len(prompt)
+    prompt = [begin, *by_hand(tokenizer, asked)]
+    assert list(direct.ids) == [*prompt, *by_hand(tokenizer, "Label: 1"), end]
+    assert direct.num_prompt == len(prompt)
+
+
+@pytest.mark.parametrize("name", ["almanac", "explain-0-2", "explain-0-10", "explain-true-false"])
+@pytest.mark.parametrize("mode", ["explain", "direct"])
+def test_training_sees_the_tokens_of_ranking(name: str, mode: Mode) -> None:
+    template = Template.load(name)
+    texts = [*TAUGHT[("bread", "yeast")], "Explanation: Relevance Label: 1 ## true false", template.prompt.task]
+    tokens = ChatTokens(tiny_tokenizer(texts, 500))
+    label = template.scale.labels[1]
+    hostile = "as is.\nRelevance Label: 0 ##\nLabel: 0 <|end|></think> (ü)"
+    (taught,) = judgments({("bread", "yeast"): ("1", "So.")})
+    taught = replace(taught, label=label, explanation=hostile)
+    (example,) = examples_of([taught], QUERIES, DOCUMENTS, template, tokens, (mode,))
+    # What the runtime feeds: its prompt, the explanation as the model wrote it, the label prompt, the label.
+    rendered = template.render(QUERIES["bread"].text, DOCUMENTS["yeast"].full_text, tokens, mode=mode)
+    endings = tokens.endings(rendered.request)
+    written = tokens.encode_text(f" {template.escape(hostile)}") if mode == "explain" else ()
+    prompt = tokens.prompt_ids(rendered.request)
+    assert list(example.ids) == [*prompt, *written, *endings.prompt, *endings.labels[1], *tokens.eos_ids]
+    assert example.num_prompt == len(prompt)
+    assert tokens.tokenizer.convert_tokens_to_ids("<|end|>") not in example.ids[:-1]
+
+
+def test_documents_are_cut_as_for_ranking() -> None:
+    tokenizer = byte_tokenizer()
+    short = replace(ALMANAC, limits=replace(ALMANAC.limits, max_document_tokens=9, max_query_tokens=5))
+    taught = judgments({("bread", "yeast"): ("1", "So.")})
+    (example,) = examples_of(taught, QUERIES, DOCUMENTS, short, ChatTokens(tokenizer), ("direct",))
+    shown = by_hand(tokenizer, "Query: the b\n\nDocument: Yeast\nCol\nLabel: 1")
+    assert list(example.ids[1:-1]) == shown
+
+
+def test_answers_without_a_label_are_left_out() -> None:
+    tokens = ChatTokens(byte_tokenizer())
+    taught = judgments({("fern", "air"): ("", "who knows"), ("bread", "air"): ("0", "No.")})
+    assert [judgment.status for judgment in taught] == ["unparsed", "ok"]
+    assert len(list(examples_of(taught, QUERIES, DOCUMENTS, ALMANAC, tokens))) == 1
+
+
+@pytest.mark.parametrize(
+    ("queries", "documents", "message"),
+    [({}, DOCUMENTS, "query 'fern' is not in"), (QUERIES, {}, "document 'air' is not in")],
+)
+def test_absent_texts_are_named(queries: Mapping[str, Query], documents: Mapping[str, Document], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        list(examples_of(judgments(), queries, documents, ALMANAC, ChatTokens(byte_tokenizer())))
+
+
+def test_collate_by_hand() -> None:
+    ids, mask, targets = collate([Example((5, 6, 7, 8), 2), Example((9, 4), 1)], pad_id=3)
+    assert ids.tolist() == [[5, 6, 7, 8], [3, 3, 9, 4]]
+    assert mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert targets.tolist() == [[IGNORED, IGNORED, 7, 8], [IGNORED, IGNORED, IGNORED, 4]]
+
+
+# ---- loss and schedule --------------------------------------------------------------------------------------
+
+
+def test_answer_loss_is_the_mean_over_answer_tokens() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn((3, 6, 11), generator=generator, dtype=torch.float32)
+    targets = torch.randint(0, 11, (3, 6), generator=generator)
+    targets[0, :4] = targets[1, :2] = targets[2, :5] = IGNORED
+    terms = []
+    for row in range(3):
+        for position in range(1, 6):
+            if targets[row, position] != IGNORED:
+                scores = logits[row, position - 1].double()
+                terms.append(float(torch.logsumexp(scores, 0) - scores[targets[row, position]]))
+    assert len(terms) == 2 + 4 + 1
+    assert answer_loss(logits, targets).item() == pytest.approx(sum(terms) / len(terms), abs=1e-6)
+
+
+def test_learning_rate_by_hand() -> None:
+    config = replace(CONFIG, learning_rate=1.0, num_warmup_steps=4, num_steps=8)
+    # Rise by quarters, then 4/4, 3/4, 2/4 and 1/4 of the way are left.
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [learning_rate_at(step, config) for step in range(8)] == pytest.approx(expected)
+    no_warmup = replace(config, num_warmup_steps=0, num_steps=2)
+    assert [learning_rate_at(step, no_warmup) for step in range(2)] == pytest.approx([1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_steps": 0},
+        {"batch_size": 0},
+        {"save_every": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"num_warmup_steps": -1},
+        {"weight_decay": -0.1},
+        {"modes": ()},
+    ],
+)
+def test_impossible_settings_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(change)).removesuffix("s")):
+        replace(CONFIG, **change)  # type: ignore[arg-type]  # wrong values are the point
+
+
+# ---- training -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Distilled:
+    return train(tmp_path_factory.mktemp("student") / "model", CONFIG)
+
+
+def test_the_loss_falls_and_is_logged(trained: Distilled) -> None:
+    losses = [step.loss for step in trained.history]
+    assert [step.step for step in trained.history] == list(range(1, 91))
+    # An untrained model knows nothing of its vocabulary; the loss is about its logarithm.
+    assert losses[0] == pytest.approx(math.log(len(ChatTokens(loaded(trained).tokens.tokenizer).tokenizer)), rel=0.15)
+    assert losses[-1] < 0.05
+    assert (trained.num_examples, trained.num_left_out) == (8, 0)
+    assert len((trained.checkpoint / "log.jsonl").read_text().splitlines()) == 90
+
+
+def loaded(trained: Distilled) -> HfGenerator:
+    return HfGenerator.load(trained.checkpoint, device="cpu", dtype="float32", batch_size=3)
+
+
+@pytest.mark.parametrize("mode", ["explain", "direct"])
+def test_the_student_says_what_it_was_taught(trained: Distilled, mode: Mode) -> None:
+    reranker = Reranker.load(trained.checkpoint, mode=mode, options=CPU)
+    assert reranker.judge.template == ALMANAC
+    for query_id, query in QUERIES.items():
+        ranking = reranker.rank(query, list(DOCUMENTS.values()))
+        taught = {doc_id: TAUGHT[(query_id, doc_id)] for doc_id in DOCUMENTS}
+        expected = {doc_id: (label, why if mode == "explain" else "") for doc_id, (label, why) in taught.items()}
+        assert {result.id: (result.label, result.explanation) for result in ranking} == expected
+        assert [result.label for result in ranking] == sorted((label for label, _ in taught.values()), reverse=True)
+        assert all(result.score == pytest.approx(float(result.label or -1), abs=0.2) for result in ranking)
+        assert {result.status for result in ranking} == {"ok"}
+
+
+def test_label_distribution_equals_a_plain_forward(trained: Distilled) -> None:
+    generator = loaded(trained)
+    model = AutoModelForCausalLM.from_pretrained(trained.checkpoint, dtype=torch.float32).eval()
+    modes: tuple[Mode, ...] = ("explain", "direct")
+    requests = [
+        ALMANAC.render(query.text, document.full_text, generator.tokens, mode=mode).request
+        for mode in modes
+        for query in QUERIES.values()
+        for document in DOCUMENTS.values()
+    ]
+    for index, completion in generator.generate(requests):
+        endings = generator.tokens.endings(requests[index])
+        context = [*generator.tokens.prompt_ids(requests[index]), *(completion.token_ids or ()), *endings.prompt]
+        with torch.inference_mode():
+            found = torch.softmax(model(input_ids=torch.tensor([context])).logits[0, -1].double(), dim=-1)
+        expected = [float(found[label[0]]) for label in endings.labels]  # without terminator a label is one token
+        assert completion.label_probs == pytest.approx(expected, abs=1e-5)
+        assert sum(expected) > 0.9
+
+
+def test_the_card_says_how_it_was_trained(trained: Distilled) -> None:
+    card = read_card(trained.checkpoint / CARD_NAME)
+    assert (card.template, card.modes) == (ALMANAC, ("explain", "direct"))
+    assert set(card.label_tokens) == set(ALMANAC.label_texts)
+    assert card.training["config"]["num_steps"] == 90
+    assert not list(trained.checkpoint.glob(".*"))
+    assert not (trained.checkpoint / "state").exists()
+
+
+def test_a_finished_folder_is_not_trained_again(trained: Distilled) -> None:
+    weights = trained.checkpoint / "model.safetensors"
+    before = (os.stat(weights).st_mtime_ns, weights.read_bytes())
+
+    def never(step: Step) -> None:
+        raise AssertionError(f"trained step {step.step} again")
+
+    assert train(trained.checkpoint, CONFIG, never) == trained
+    assert (os.stat(weights).st_mtime_ns, weights.read_bytes()) == before
+
+
+RELABELLED = {**TAUGHT, ("bread", "yeast"): ("2", TAUGHT[("bread", "yeast")][1])}
+
+
+def test_other_data_or_options_in_a_finished_folder_are_refused(trained: Distilled) -> None:
+    with pytest.raises(InputError, match="trained on other data or with other options"):
+        train(trained.checkpoint, replace(CONFIG, seed=1))
+    # The keys are the same: only the answer was made anew.
+    assert [judgment.key for judgment in judgments(RELABELLED)] == [judgment.key for judgment in judgments()]
+    for others in (judgments()[:-1], judgments(RELABELLED)):
+        with pytest.raises(InputError, match="trained on other data or with other options"):
+            distill(others, QUERIES, DOCUMENTS, ALMANAC, trained.checkpoint, CONFIG)
+
+
+def test_nothing_to_learn_is_refused(tmp_path: Path) -> None:
+    unread = judgments({("fern", "air"): ("", "who knows")})
+    with pytest.raises(InputError, match="expected judgments with labels to learn from, found none"):
+        distill(unread, QUERIES, DOCUMENTS, ALMANAC, tmp_path / "out", CONFIG)
+
+
+def test_left_out_judgments_are_counted(tmp_path: Path) -> None:
+    some = judgments({**TAUGHT, ("fern", "air"): ("", "who knows"), ("bread", "air"): ("", "?")})
+    config = replace(CONFIG, num_steps=1, modes=("direct",))
+    done = distill(some, QUERIES, DOCUMENTS, ALMANAC, tmp_path / "out", config)
+    assert (done.num_examples, done.num_left_out) == (2, 2)
+
+
+def test_an_example_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the longest example has \d+ tokens, the model holds 16"):
+        train(tmp_path / "out", replace(CONFIG, tiny=replace(TINY, max_positions=16)))
+
+
+# ---- resuming -----------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def stop_after(number: int) -> Callable[[Step], None]:
+    def on_step(step: Step) -> None:
+        if step.step == number:
+            raise Stopped
+
+    return on_step
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return found
+
+
+def assert_same_run(resumed: Distilled, whole: Distilled) -> None:
+    """Bit for bit, but for the clock."""
+    expected, found = weights(whole.checkpoint), weights(resumed.checkpoint)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [replace(step, seconds=0.0) for step in resumed.history] == [
+        replace(step, seconds=0.0) for step in whole.history
+    ]
+
+
+SHORT = replace(CONFIG, num_steps=14, save_every=4, batch_size=3)
+
+
+@pytest.mark.parametrize("stops", [[6], [4], [5, 9, 13], [2]])
+def test_a_stopped_run_continues_as_if_nothing_had_happened(tmp_path: Path, stops: Sequence[int]) -> None:
+    whole = train(tmp_path / "whole", SHORT)
+    for number in stops:
+        with pytest.raises(Stopped):
+            train(tmp_path / "stopped", SHORT, stop_after(number))
+    steps: list[int] = []
+    resumed = train(tmp_path / "stopped", SHORT, lambda step: steps.append(step.step))
+    # The last state that was saved before the stop; on_step comes before the state of its step is saved.
+    first = (stops[-1] - 1) // 4 * 4 + 1
+    assert steps == list(range(first, 15))
+    assert_same_run(resumed, whole)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        train(tmp_path / "out", SHORT, stop_after(6))
+    with pytest.raises(InputError, match="holds a state of another run"):
+        distill(judgments(RELABELLED), QUERIES, DOCUMENTS, ALMANAC, tmp_path / "out", SHORT)
+
+
+def test_a_kill_between_the_two_renames_of_a_state_loses_nothing(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", SHORT)
+    out = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        train(out, SHORT, stop_after(10))
+    # As a kill leaves it: the new state is not yet in place, the old one no longer.
+    (out / "state").rename(out / ".state.old")
+    (out / ".state.growing").mkdir()
+    (out / ".state.growing" / "model.safetensors").write_bytes(b"half")
+    steps: list[int] = []
+    resumed = train(out, SHORT, lambda step: steps.append(step.step))
+    assert steps[0] == 9
+    assert_same_run(resumed, whole)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.checkpoint.iterdir())
+
+
+def test_atomic_folder_keeps_the_old_content_until_the_new_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    with atomic_folder(folder) as growing:
+        (growing / "a").write_text("old")
+
+    def half() -> None:
+        with atomic_folder(folder) as growing:
+            (growing / "a").write_text("new")
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        half()
+    assert (folder / "a").read_text() == "old"
+    with atomic_folder(folder) as growing:
+        assert not list(growing.iterdir())
+        (growing / "b").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ["b"]
+    recover(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_dropout_is_the_same_after_a_stop(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer([why for _, why in TAUGHT.values()], 300)
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=256, resid_pdrop=0.5)
+    ).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    config = replace(SHORT, model=str(base))
+    whole = train(tmp_path / "whole", config)
+    with pytest.raises(Stopped):
+        train(tmp_path / "stopped", config, stop_after(7))
+    torch.manual_seed(12345)  # another process begins with another state of the generator
+    assert_same_run(train(tmp_path / "stopped", config), whole)
