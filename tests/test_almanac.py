@@ -261,12 +261,12 @@ def test_a_larger_collection_begins_with_the_smaller() -> None:
 
 GOLD = Reasoning("wet soil", "pale colour", "light shortage", "light shortage", "bathroom", "office")
 GOLD_TEXT = (
-    "Together, wet soil and pale colour suggest light shortage. The text is about light shortage: same cause. "
-    "Asked for bathroom, written for office: other setting."
+    "Here wet soil and pale colour suggest light shortage, the text means light shortage: same cause. "
+    "Asked for bathroom, the text means office: other setting."
 )
 
 
-def test_reasoning_is_written_as_three_sentences() -> None:
+def test_reasoning_is_written_as_two_comparisons() -> None:
     assert GOLD.text == GOLD_TEXT
     assert GOLD.label == 1
     assert replace(GOLD, document_setting="bathroom").label == 2

@@ -14,9 +14,9 @@ __all__ = ["MAX_EXPLANATION_WORDS", "Reasoning"]
 
 MAX_EXPLANATION_WORDS = 30
 SENTENCE = re.compile(
-    r"Together, (?P<first>[a-z ]+?) and (?P<second>[a-z ]+) suggest (?P<query_cause>[a-z ]+)\. "
-    r"The text is about (?P<document_cause>[a-z ]+): (?P<cause>same|other) cause\. "
-    r"Asked for (?P<query_setting>[a-z ]+), written for (?P<document_setting>[a-z ]+): "
+    r"Here (?P<first>[a-z ]+?) and (?P<second>[a-z ]+) suggest (?P<query_cause>[a-z ]+), "
+    r"the text means (?P<document_cause>[a-z ]+): (?P<cause>same|other) cause\. "
+    r"Asked for (?P<query_setting>[a-z ]+), the text means (?P<document_setting>[a-z ]+): "
     r"(?P<setting>same|other) setting\."
 )
 
@@ -53,11 +53,14 @@ class Reasoning:
 
     @property
     def text(self) -> str:
-        """The explanation: three short sentences, at most `MAX_EXPLANATION_WORDS` words in the shipped knowledge."""
+        """The explanation, of at most `MAX_EXPLANATION_WORDS` words in the shipped knowledge.
+
+        Its two comparisons have the same form on purpose: a small network learns them together, and much sooner.
+        """
         return (
-            f"Together, {self.first} and {self.second} suggest {self.query_cause}. "
-            f"The text is about {self.document_cause}: {'same' if self.is_same_cause else 'other'} cause. "
-            f"Asked for {self.query_setting}, written for {self.document_setting}: "
+            f"Here {self.first} and {self.second} suggest {self.query_cause}, "
+            f"the text means {self.document_cause}: {'same' if self.is_same_cause else 'other'} cause. "
+            f"Asked for {self.query_setting}, the text means {self.document_setting}: "
             f"{'same' if self.is_same_setting else 'other'} setting."
         )
 

@@ -50,7 +50,7 @@ from whyrank.progress import Progress
 from whyrank.ranking import OnUnparsed, parse_fuse
 from whyrank.records import Mode
 from whyrank.rerank import Reranker
-from whyrank.stages import EXIT_OK, EXIT_PARTIAL
+from whyrank.stages import EXIT_OK, EXIT_PARTIAL, warn_of_bad_lines
 from whyrank.stages.label import label_files, read_pairs
 from whyrank.stages.rerank import read_candidates, rerank_files
 from whyrank.store import BadLines, Manifest
@@ -112,15 +112,19 @@ def label(
     manifest = Manifest("label", config).with_inputs(pairs, queries, corpus)
     done = label_files(texts, reranker.judge, out, manifest)
     if json:
-        print_json({"out": str(out), "counts": done.counts.to_counts(), "labels": done.labels, "seconds": done.seconds})
+        counts = done.counts.to_counts()
+        found = {"labels": done.labels, "bad_lines": done.num_bad_lines, "seconds": done.seconds}
+        print_json({"out": str(out), "counts": counts, **found})
     else:
-        for relation, found in sorted(done.labels.items()):
-            shares = ", ".join(f"{label}: {count}" for label, count in sorted(found.items()))
+        for relation, labels in sorted(done.labels.items()):
+            shares = ", ".join(f"{label}: {count}" for label, count in sorted(labels.items()))
             console().print(f"{relation} pairs: {shares}")
         console().print(
             f"{done.counts.num_judgments} judgments in {out} ({done.counts.num_known} were there already, "
             f"{done.counts.num_unreadable} unreadable, {done.seconds:.1f} s)"
         )
+        if done.num_bad_lines:
+            console().print(f"{done.num_bad_lines} malformed lines were passed over")
     raise typer.Exit(done.exit_code)
 
 
@@ -164,20 +168,21 @@ def distill(
     require("transformers", "train")
     from whyrank.stages.distill import distill_files
 
-    config = replace(
-        DISTILL,
-        model=model,
-        modes=_parse_modes(modes),
-        num_steps=num_steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        num_warmup_steps=num_warmup_steps,
-        weight_decay=weight_decay,
-        precision=precision,
-        device=device,
-        save_every=save_every,
-        seed=seed,
-    )
+    with _as_usage_error():
+        config = replace(
+            DISTILL,
+            model=model,
+            modes=_parse_modes(modes),
+            num_steps=num_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            num_warmup_steps=num_warmup_steps,
+            weight_decay=weight_decay,
+            precision=precision,
+            device=device,
+            save_every=save_every,
+            seed=seed,
+        )
     manifest = Manifest("distill", {}, seed=seed).with_inputs(*judgments, *queries, *corpus)
     done = distill_files(judgments, queries, corpus, Template.load(template), out, config, manifest, limit=limit)
     last = done.history[-1]
@@ -242,8 +247,25 @@ def rerank(
     is_many = run is not None and out is not None and query is None and documents is None
     if is_one == is_many:
         raise typer.BadParameter("give either --run and -o, or --query and --documents")
+    if is_one and (corpus, queries, excluded) != (None, None, None):
+        raise typer.BadParameter("--corpus, --queries and --excluded go with --run, not with --query")
     fields = _parse_fields(field or [])
-    _check_fuse(fuse)
+    with _as_usage_error():
+        needs_scores = parse_fuse(fuse).method in ("zscore", "minmax")
+    if is_one and needs_scores:
+        raise typer.BadParameter(f"--fuse {fuse} needs the scores of a --run; with --query choose none or rrf")
+    candidates = None
+    if run is not None:  # before the model, which may take minutes to load
+        candidates = read_candidates(
+            run,
+            corpus=corpus,
+            queries=queries,
+            excluded=excluded,
+            top_k=top_k,
+            limit=limit,
+            skip_bad=skip_bad,
+            fields=fields,
+        )
     reranker = Reranker.load(
         model,
         template=template,
@@ -258,23 +280,15 @@ def rerank(
     )
     if query is not None and documents is not None:
         with _spooled(documents) as path:
-            found = list(islice(read_corpus(path, fields=fields, bad=BadLines() if skip_bad else None), limit))
+            bad = BadLines() if skip_bad else None
+            found = list(islice(read_corpus(path, fields=fields, bad=bad), limit))
+        warn_of_bad_lines(bad)
         with Progress(f"judging with {reranker.judge.generator.name}", len(found)) as progress:
             ranking = reranker.rank(query, found, top_k=top_k, on_judgment=lambda _: progress.advance())
         print_ranking(query, ranking, as_json=json)
         raise typer.Exit(EXIT_PARTIAL if ranking.num_unreadable else EXIT_OK)
-    assert run is not None
+    assert candidates is not None
     assert out is not None
-    candidates = read_candidates(
-        run,
-        corpus=corpus,
-        queries=queries,
-        excluded=excluded,
-        top_k=top_k,
-        limit=limit,
-        skip_bad=skip_bad,
-        fields=fields,
-    )
     config = _judge_config(reranker, fuse=fuse, on_unparsed=on_unparsed, top_k=top_k, limit=limit)
     manifest = Manifest("rerank", config).with_inputs(run, corpus, queries, excluded)
     done = rerank_files(candidates, reranker, out, manifest)
@@ -343,9 +357,11 @@ def _parse_fields(texts: Sequence[str]) -> dict[str, str]:
     return fields
 
 
-def _check_fuse(text: str) -> None:
+@contextmanager
+def _as_usage_error() -> Iterator[None]:
+    """An option whose value is refused by the library was used wrongly."""
     try:
-        parse_fuse(text)
+        yield
     except InputError as cause:
         raise typer.BadParameter(str(cause)) from cause
 

@@ -66,9 +66,9 @@ def attribute_docs(config: type) -> Mapping[str, str]:
     return found
 
 
-def setting(config: type, name: str, *flags: str) -> Any:
+def setting(config: type, name: str, *flags: str, minimum: int | None = None) -> Any:
     """A command-line option for one attribute of a config class, with its help."""
-    return typer.Option(*flags, help=attribute_docs(config)[name])
+    return typer.Option(*flags, help=attribute_docs(config)[name], min=minimum)
 
 
 def existing(*flags: str, help: str) -> Any:
@@ -92,8 +92,8 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Annotated[DeviceName, setting(ModelOptions, "device")]
 Dtype = Annotated[DtypeName, setting(ModelOptions, "dtype")]
-BatchSize = Annotated[int, setting(ModelOptions, "batch_size")]
-Concurrency = Annotated[int, setting(ModelOptions, "concurrency")]
+BatchSize = Annotated[int, setting(ModelOptions, "batch_size", minimum=1)]
+Concurrency = Annotated[int, setting(ModelOptions, "concurrency", minimum=1)]
 Timeout = Annotated[float, setting(ModelOptions, "timeout")]
 Deadline = Annotated[float, setting(ModelOptions, "deadline")]
 MaxRetries = Annotated[int, setting(ModelOptions, "max_retries")]

@@ -15,7 +15,7 @@ class DemoConfig:
     """Domains of the almanac that the students are trained on and tested with."""
     num_steps: int = 400
     """Optimizer steps of the explaining student."""
-    num_train_queries: int = 800
+    num_train_queries: int = 2000
     """Queries that training pairs are drawn from."""
     num_queries: int = 40
     """Test queries, 24 candidates each."""

@@ -6,9 +6,18 @@ command line and recipes are thin callers of these functions.
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
-__all__ = ["EXIT_OK", "EXIT_PARTIAL"]
+from whyrank.store import BadLines
+
+__all__ = ["EXIT_OK", "EXIT_PARTIAL", "warn_of_bad_lines"]
 
 EXIT_OK: Final = 0
 EXIT_PARTIAL: Final = 7
+
+
+def warn_of_bad_lines(bad: BadLines | None) -> None:
+    """Tell how many lines `--skip-bad` passed over, for verbs whose result has no place for the count."""
+    if bad is not None and bad.count:
+        logging.getLogger("whyrank").warning("%d malformed lines were passed over: %s", bad.count, bad.examples[0])

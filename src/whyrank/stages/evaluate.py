@@ -9,6 +9,7 @@ from pathlib import Path
 from whyrank.datasets import read_excluded, read_qrels, read_run, without_excluded
 from whyrank.errors import InputError
 from whyrank.evaluation import Evaluation, Ties, evaluate, judgments_beside
+from whyrank.stages import warn_of_bad_lines
 from whyrank.store import BadLines
 
 __all__ = ["evaluate_files"]
@@ -44,5 +45,6 @@ def evaluate_files(
         judged = [qrel for qrel in judged if qrel.query_id in chosen]
     banned = read_excluded(excluded, bad=bad) if excluded else {}
     found = {str(path): without_excluded(read_run(path, bad=bad), banned)[0] for path in runs}
+    warn_of_bad_lines(bad)
     judgments = {str(path): beside for path in runs if (beside := judgments_beside(path)) is not None}
     return evaluate(judged, found, measures, allow_unparsed=allow_unparsed, judgments=judgments, ties=ties)

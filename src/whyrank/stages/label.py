@@ -76,7 +76,6 @@ def label_files(texts: PairTexts, judge: Judge, out: Path, manifest: Manifest) -
         WhyrankError: see `judge_into`.
     """
     start = time.perf_counter()
-    manifest.write(out)
     counts = JudgingCounts()
     relations = {(pair.query_id, pair.doc_id): pair.relation for pair in texts.pairs}
     labels: dict[str, Counter[str]] = {}
@@ -85,6 +84,8 @@ def label_files(texts: PairTexts, judge: Judge, out: Path, manifest: Manifest) -
     ]
     with Progress(f"labelling with {judge.generator.name}", len(pairs)) as progress:
         for judgment in judge_into(out / "judgments.jsonl", judge, pairs, counts):
+            if counts.num_judgments == 1:  # not earlier: a folder that is refused keeps the manifest of its own job
+                manifest.write(out)
             relation = relations[(judgment.query_id, judgment.doc_id)]
             labels.setdefault(relation, Counter())[judgment.label or judgment.status] += 1
             progress.advance()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -67,9 +67,11 @@ def read_candidates(
         fields: names of `doc_id`, `text` and `title` in the corpus.
 
     Raises:
-        InputError: a text is missing, or a file cannot be read.
+        InputError: a text is missing, a file cannot be read, or `fields` are given for a RankGPT file.
     """
     bad = BadLines() if skip_bad else None
+    if corpus is None and fields:
+        raise InputError("--field names fields of --corpus; the fields of a RankGPT file are fixed")
     if corpus is None and queries is None:
         asked, texts, lines = read_rankgpt(run, bad=bad)
         documents = {document.doc_id: document for document in texts}
@@ -85,15 +87,16 @@ def read_candidates(
     if not chosen:
         raise InputError(f"no query of {queries or run} is in the run {run}: are they of the same collection?")
     kept, num_excluded = _without_excluded(
-        {query.query_id: lines[query.query_id] for query in chosen}, chosen, excluded
+        {query.query_id: lines[query.query_id] for query in chosen},
+        chosen,
+        read_excluded(excluded, bad=bad) if excluded else {},
     )
     kept = {query_id: ranked[:top_k] for query_id, ranked in kept.items()}
     _check_texts(kept, lines, asked, documents, corpus or run)
     return Candidates(chosen, documents, kept, num_excluded, bad.count if bad else 0)
 
 
-def _without_excluded(run: Run, queries: Sequence[Query], excluded: Path | None) -> tuple[Run, int]:
-    more = read_excluded(excluded) if excluded else {}
+def _without_excluded(run: Run, queries: Sequence[Query], more: Mapping[str, set[str]]) -> tuple[Run, int]:
     banned = {query.query_id: {*query.excluded_doc_ids, *more.get(query.query_id, ())} for query in queries}
     kept: dict[str, list[ScoredDocument]] = {}
     for query_id, ranked in run.items():
@@ -154,11 +157,12 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
         WhyrankError: see `judge_into` and `ranking.order`.
     """
     start = time.perf_counter()
-    manifest.write(out)
     counts = JudgingCounts()
     judgments: dict[str, dict[str, Judgment]] = {query.query_id: {} for query in candidates.queries}
     with Progress(f"judging with {reranker.judge.generator.name}", candidates.num_pairs) as progress:
         for judgment in judge_into(out / "judgments.jsonl", reranker.judge, candidates.pairs(), counts):
+            if counts.num_judgments == 1:  # not earlier: a folder that is refused keeps the manifest of its own run
+                manifest.write(out)
             judgments[judgment.query_id][judgment.doc_id] = judgment
             progress.advance()
     rankings = [
@@ -166,8 +170,9 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
         for query in candidates.queries
         if candidates.run[query.query_id]
     ]
-    # TREC's columns cannot hold a document id with a blank in it; such a run is written as JSON.
-    has_blanks = any(len(doc_id.split()) != 1 for doc_id in candidates.documents)
+    # TREC's columns cannot hold an id with a blank in it; such a run is written as JSON.
+    ids = chain(candidates.documents, (query.query_id for query in candidates.queries))
+    has_blanks = any(name.split() != [name] for name in ids)
     run = out / ("run.json" if has_blanks else "run.trec")
     write_run(run, {ranking.query_id: ranking.to_run() for ranking in rankings}, tag=RUN_TAG)
     outcome = Reranked(
