@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
@@ -48,7 +48,7 @@ from whyrank.errors import InputError, require
 from whyrank.generators.opening import DEFAULT_TEMPLATE, ModelOptions
 from whyrank.progress import Progress
 from whyrank.ranking import OnUnparsed, parse_fuse
-from whyrank.records import Mode
+from whyrank.records import Document, Mode
 from whyrank.rerank import Reranker
 from whyrank.stages import EXIT_OK, EXIT_PARTIAL, warn_of_bad_lines
 from whyrank.stages.label import label_files, read_pairs
@@ -279,10 +279,7 @@ def rerank(
         ),
     )
     if query is not None and documents is not None:
-        with _spooled(documents) as path:
-            bad = BadLines() if skip_bad else None
-            found = list(islice(read_corpus(path, fields=fields, bad=bad), limit))
-        warn_of_bad_lines(bad)
+        found = _read_documents(documents, fields, limit=limit, skip_bad=skip_bad)
         with Progress(f"judging with {reranker.judge.generator.name}", len(found)) as progress:
             ranking = reranker.rank(query, found, top_k=top_k, on_judgment=lambda _: progress.advance())
         print_ranking(query, ranking, as_json=json)
@@ -364,6 +361,14 @@ def _as_usage_error() -> Iterator[None]:
         yield
     except InputError as cause:
         raise typer.BadParameter(str(cause)) from cause
+
+
+def _read_documents(documents: Path, fields: Mapping[str, str], *, limit: int | None, skip_bad: bool) -> list[Document]:
+    bad = BadLines() if skip_bad else None
+    with _spooled(documents) as path:
+        found = list(islice(read_corpus(path, fields=fields, bad=bad), limit))
+    warn_of_bad_lines(bad)
+    return found
 
 
 @contextmanager
