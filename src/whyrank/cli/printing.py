@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
@@ -29,12 +30,17 @@ def print_ranking(query: str, ranking: Ranking, *, as_json: bool) -> None:
         screen.print()
         screen.print(heading)
         if result.explanation:
-            screen.print(Padding(Text(f"why: {result.explanation}"), (0, 0, 0, 3)))
+            _print_indented(screen, Text(f"why: {result.explanation}"))
         shown = " ".join(result.passage.split())
         cut = shown[: PASSAGE_CHARACTERS - 1] + "…" if len(shown) > PASSAGE_CHARACTERS else shown
-        screen.print(Padding(Text(cut, style="dim"), (0, 0, 0, 3)))
+        _print_indented(screen, Text(cut, style="dim"))
     if ranking.num_unreadable:
         screen.print(f"\n{ranking.num_unreadable} of {len(ranking)} answers could not be read")
+
+
+def _print_indented(screen: Console, text: Text) -> None:
+    """Wrapped even where other lines are not: a padded line that is not wrapped would be cut at the width."""
+    screen.print(Padding(text, (0, 0, 0, 3)), soft_wrap=False)
 
 
 def _result(ranking: Ranking, index: int) -> dict[str, object]:

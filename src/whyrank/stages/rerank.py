@@ -73,7 +73,10 @@ def read_candidates(
     if corpus is None and fields:
         raise InputError("--field names fields of --corpus; the fields of a RankGPT file are fixed")
     if corpus is None and queries is None:
-        asked, texts, lines = read_rankgpt(run, bad=bad)
+        try:
+            asked, texts, lines = read_rankgpt(run, bad=bad)
+        except InputError as cause:
+            raise InputError(f"{cause}\nAny other run needs its texts: give --corpus and --queries") from cause
         documents = {document.doc_id: document for document in texts}
     elif corpus is None or queries is None:
         raise InputError("--corpus and --queries go together; only a RankGPT file carries both itself")
