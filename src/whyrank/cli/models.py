@@ -55,11 +55,12 @@ from whyrank.stages.label import label_files, read_pairs
 from whyrank.stages.rerank import read_candidates, rerank_files
 from whyrank.store import BadLines, Manifest
 from whyrank.template import Template
-from whyrank.training.config import DistillConfig
+from whyrank.training.config import DistillConfig, TinyConfig
 
 __all__ = ["demo", "distill", "label", "rerank"]
 
 DISTILL = DistillConfig()
+TINY = TinyConfig()
 DEMO = DemoConfig()
 
 
@@ -151,6 +152,11 @@ def distill(
     device: Annotated[DeviceName, setting(DistillConfig, "device")] = DISTILL.device,
     save_every: Annotated[int, setting(DistillConfig, "save_every")] = DISTILL.save_every,
     seed: Annotated[int, setting(DistillConfig, "seed")] = DISTILL.seed,
+    vocab_size: Annotated[int, setting(TinyConfig, "vocab_size")] = TINY.vocab_size,
+    hidden_size: Annotated[int, setting(TinyConfig, "hidden_size")] = TINY.hidden_size,
+    num_layers: Annotated[int, setting(TinyConfig, "num_layers")] = TINY.num_layers,
+    num_heads: Annotated[int, setting(TinyConfig, "num_heads")] = TINY.num_heads,
+    intermediate_size: Annotated[int, setting(TinyConfig, "intermediate_size")] = TINY.intermediate_size,
     limit: Limit = None,
     json: Json = False,
 ) -> None:
@@ -182,6 +188,7 @@ def distill(
             device=device,
             save_every=save_every,
             seed=seed,
+            tiny=TinyConfig(vocab_size, hidden_size, num_layers, num_heads, intermediate_size),
         )
     manifest = Manifest("distill", {}, seed=seed).with_inputs(*judgments, *queries, *corpus)
     done = distill_files(judgments, queries, corpus, Template.load(template), out, config, manifest, limit=limit)
