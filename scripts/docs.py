@@ -242,13 +242,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     parser.add_argument("pages", nargs="*", type=Path, help="default: README.md, CONTRIBUTING.md and docs/*.md")
     chosen = parser.parse_args()
-    num_stale = 0
+    stale: list[str] = []
     for page in [path.resolve() for path in chosen.pages] or PAGES:
         old = page.read_text(encoding="utf-8")
         new = regenerated(old)
         if new == old:
             continue
-        num_stale += 1
+        stale.append(page.name)
         if chosen.check:
             sys.stdout.writelines(
                 difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(page), "generated", n=1)
@@ -256,8 +256,8 @@ def main() -> None:
         else:
             page.write_text(new, encoding="utf-8")
             sys.stdout.write(f"{page.name} rewritten\n")
-    if chosen.check and num_stale:
-        raise SystemExit(f"{num_stale} pages are out of date: run `make docs`")
+    if chosen.check and stale:
+        raise SystemExit(f"out of date: {', '.join(stale)}; run `make docs`")
 
 
 if __name__ == "__main__":
