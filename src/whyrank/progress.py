@@ -28,14 +28,19 @@ class Progress:
     def __init__(self, description: str, total: int | None = None) -> None:
         self._description = description
         self._total = total
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False, emoji=False)
         self._num_done = 0
         self._start = self._last_line = time.monotonic()
         self._bar: Bar | None = None
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+            columns = [
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+            ]
             self._bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console, transient=True)
             self._bar.start()
             self._bar.add_task(self._description, total=self._total)

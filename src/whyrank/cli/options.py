@@ -103,8 +103,9 @@ MODEL = ModelOptions()
 
 
 def console() -> Console:
-    """Standard output for people; plain text when it is not a terminal."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Standard output for people; plain text when it is not a terminal. Names may hold brackets and colons."""
+    is_terminal = sys.stdout.isatty()
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=not is_terminal)
 
 
 def print_json(value: object) -> None:
