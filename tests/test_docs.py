@@ -110,9 +110,11 @@ def commands_in(text: str) -> Iterator[list[str]]:
 
 def parse(arguments: list[str]) -> None:
     """Parse as the command line does, without running anything."""
-    group = typer.main.get_command(app)
-    assert isinstance(group, typer.core.TyperGroup)
-    group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+    command, rest = typer.main.get_command(app), arguments
+    while isinstance(command, typer.core.TyperGroup):
+        assert rest, f"expected a verb, found {arguments}"
+        command, rest = command.commands[rest[0]], rest[1:]
+    command.make_context("whyrank", list(rest))
 
 
 @pytest.mark.parametrize("name", [name for name in names_of(PAGES) if list(commands_in((ROOT / name).read_text()))])
