@@ -171,13 +171,13 @@ def _facts(
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table("system")
-    for column in (MEASURE, "95 % interval", "label accuracy", "tokens/document", "documents/s"):
+    for column in (MEASURE, "95 % interval", "accuracy", "tokens/doc", "docs/s"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             row.system,
             f"{row.ndcg:.3f}",
-            f"{row.interval[0]:.3f} to {row.interval[1]:.3f}",
+            f"{row.interval[0]:.3f}–{row.interval[1]:.3f}",
             "-" if row.label_accuracy is None else f"{row.label_accuracy:.3f}",
             f"{row.tokens_per_document:.1f}",
             "-" if row.documents_per_second is None else f"{row.documents_per_second:.0f}",
