@@ -7,6 +7,7 @@ becomes a number. `judge_into` keeps the judgments in a growing file and picks u
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,9 @@ from whyrank.template import Rendered, Template
 
 __all__ = ["Judge", "JudgingCounts", "judge_into"]
 
+log = logging.getLogger("whyrank")
 MOST_UNPARSED = 0.01  # share of unreadable judgments up to which a job counts as done
+
 LEAST_LABEL_MASS = 0.5  # below it the model was not answering the question; status `low_mass`
 
 
@@ -47,6 +50,8 @@ class Judge:
     def judge(self, pairs: Iterable[tuple[Query, Document]]) -> Iterator[Judgment]:
         """Yield one judgment per pair as soon as it is ready, in any order. `pairs` is read as a stream.
 
+        At the end, a warning says how many queries were longer than the template's limit and had to be cut.
+
         Raises:
             GenerationError: the generator ended without answering every request.
         """
@@ -65,9 +70,19 @@ class Judge:
                 under_way[index] = (query, document, rendered)
                 yield index, rendered
 
+        cut_queries: set[str] = set()
         for index, completion in self.generator.generate(rendered.request for _, rendered in requests()):
             query, document, rendered = under_way.pop(index)
+            if rendered.is_query_cut:
+                cut_queries.add(query.query_id)
             yield self._read(query, document, rendered, completion)
+        if cut_queries:
+            log.warning(
+                "%d queries were cut to max_query_tokens (%d) of template %s",
+                len(cut_queries),
+                self.template.limits.max_query_tokens,
+                self.template.version,
+            )
         if under_way:
             raise GenerationError(f"{self.generator.name} gave no completion for {len(under_way)} of its requests")
 
