@@ -101,7 +101,14 @@ def open_model(
         from whyrank.generators.overlap import Overlap
 
         return Overlap(), template or Template.load(DEFAULT_TEMPLATE)
-    return _open_hf(str(spec), template, mode, options, name=str(spec))
+    if _is_path(str(spec)) and not Path(spec).expanduser().is_dir():
+        raise InputError(f"expected a folder with a checkpoint at {spec}, found nothing")
+    return _open_hf(Path(spec).expanduser() if _is_path(str(spec)) else spec, template, mode, options, name=str(spec))
+
+
+def _is_path(spec: str) -> bool:
+    """Whether a model's name can only be a folder: hub ids are `name` or `owner/name`."""
+    return spec.startswith((".", "/", "~")) or spec.endswith("/") or spec.count("/") > 1
 
 
 def _open_hf(
