@@ -88,9 +88,9 @@ def mine(
         f"pairs in {out} ({manifest.seconds:.1f} s)"
     )
     if counts["links.without_text"]:
+        remedy = ", or take the answer's own words with --without-page context" if without_page == "skip" else ""
         console().print(
-            f"{counts['links.without_text']} links lead to pages without text here: give texts with --pages, or take "
-            "the answer's own words with --without-page context"
+            f"{counts['links.without_text']} links lead to pages without text here: give texts with --pages{remedy}"
         )
 
 
