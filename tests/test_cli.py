@@ -394,6 +394,37 @@ def test_distill_then_rerank_with_the_student() -> None:
     assert isinstance(absent, FileNotFoundError)  # which becomes one line, see test_wrong_input
 
 
+@pytest.mark.slow
+def test_the_whole_road_on_a_real_dump(tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mine, label, distil, search, rerank, evaluate: 421 questions of ai.stackexchange, 2016."""
+    import torch
+
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    posts = str(next((shared_data / "stackexchange" / "ai-2016").glob("Posts.xml*")))
+    site = ("--site", "ai.stackexchange.com", "--without-page", "context", "--test-fraction", "0.2")
+    mined = run_json("mine", "--posts", posts, *site, "-o", "mined")["counts"]
+    assert (mined["questions"], mined["answers"]) == (421, 749)
+    train = ("--queries", "mined/train/queries.jsonl", "--corpus", "mined/corpus.jsonl")
+    pairs = ("--pairs", "mined/train/pairs.jsonl", *train)
+    labelled = run_json("label", *pairs, "--teacher", "overlap", "--template", "almanac", "-o", "labelled")
+    assert sum(sum(labels.values()) for labels in labelled["labels"].values()) == labelled["counts"]["num_ok"]
+    learn = ("distill", "--judgments", "labelled/judgments.jsonl", *train, "--template", "almanac", "--device", "cpu")
+    student = run_json(*learn, "--num-steps", "60", "--batch-size", "8", "-o", "student")
+    losses = [step["loss"] for step in student["history"]]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    test = ("--queries", "mined/test/queries.jsonl", "--corpus", "mined/corpus.jsonl")
+    found = run_json("search", *test, "--top-k", "20", "-o", "bm25.trec")
+    asked = ("rerank", "--run", "bm25.trec", *test, "--model", "student", "--device", "cpu", "-o", "out")
+    reranked = run_json(*asked, "--max-explanation-tokens", "24")
+    assert reranked["counts"]["num_new"] == found["num_lines"]
+    evaluated = run_json("evaluate", "--qrels", "mined/test/qrels.trec", "bm25.trec", "out/run.trec")
+    first, second = (run["values"] for run in evaluated["runs"])
+    # The same documents in another order; a student of 60 steps that compares words is no better than chance.
+    assert first["R@100"] == pytest.approx(second["R@100"])
+    assert 0 < second["nDCG@10"] <= first["R@100"]
+
+
 # ---- wrong calls --------------------------------------------------------------------------------------------
 
 
