@@ -273,7 +273,7 @@ def test_load_checkpoint_that_whyrank_did_not_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("./no/such/folder", "expected a folder with a Hugging Face checkpoint or a hub id, found './no/such/folder'"),
+        ("./no/such/folder", "expected a folder with a checkpoint at ./no/such/folder, found nothing"),
         ("scripted:no-such-file.jsonl", "expected a file at no-such-file.jsonl, found nothing"),
         ("endpoint:http://localhost:1/v1", "expected endpoint:URL#MODEL"),
     ],
