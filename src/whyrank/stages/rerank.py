@@ -154,7 +154,8 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
     """Judge all candidates into `out/judgments.jsonl`, then write `out/run.trec` (`run.json` where an id
     has blanks) and `out/manifest.json`.
 
-    Killed at any moment, it continues where it was when called again.
+    Killed at any moment, it continues where it was when called again. A local model's scores may then differ in
+    their last digits from those of a job that was not killed, because other pairs share a batch.
 
     Raises:
         WhyrankError: see `judge_into` and `ranking.order`.
