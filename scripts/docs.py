@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import json
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from whyrank import Template, cli, datasets
@@ -181,6 +183,45 @@ def file(what: str, body: str) -> str:
     return fenced(Path(what).suffix.removeprefix("."), (ROOT / what).read_text(encoding="utf-8"))
 
 
+def results(what: str, body: str) -> str:
+    """Recorded figures of `results/reproduction.json` whose run's name begins with `what`."""
+    recorded = json.loads((ROOT / "results" / "reproduction.json").read_text(encoding="utf-8"))
+    rows = []
+    for row in recorded["rows"]:
+        if row["run"].startswith(what):
+            published = f"{row['published']:.{row['decimals']}f}" if "published" in row else ""
+            rows.append((row["run"], f"{row['value']:.5f}", published))
+    if not rows:
+        raise SystemExit(f"results: no recorded run begins with {what!r}")
+    return table(("run", recorded["measure"], "published"), rows) + provenance(recorded)
+
+
+def demo(what: str, body: str) -> str:
+    """The table of a recorded demo, or that there is none."""
+    place = ROOT / "results" / "demo.json"
+    if not place.is_file():
+        return "No run is recorded yet; `make demo` makes one on your machine.\n"
+    recorded = json.loads(place.read_text(encoding="utf-8"))
+    rows = []
+    for row in recorded["rows"]:
+        low, high = row["nDCG@10_interval"]
+        accuracy = "-" if row["label_accuracy"] is None else f"{row['label_accuracy']:.3f}"
+        figures = (f"{row['nDCG@10']:.3f}", f"{low:.3f} to {high:.3f}", accuracy, f"{row['tokens_per_document']:.1f}")
+        rows.append((row["system"], *figures))
+    head = ("system", "nDCG@10", "95 % interval", "label accuracy", "tokens written per document")
+    minutes = f"{recorded['seconds'] / 60:.1f} minutes on {recorded['hardware']['num_cpus']} CPU cores"
+    return table(head, rows) + provenance(recorded, f"seed {recorded['seed']}", minutes)
+
+
+def provenance(recorded: Mapping[str, Any], *more: str) -> str:
+    """Where a table's figures come from."""
+    return (
+        "\n"
+        + ", ".join((code(recorded["command"]), f"commit {recorded['commit'][:7]}", recorded["date"], *more))
+        + ".\n"
+    )
+
+
 def file_map(what: str, body: str) -> str:
     """The modules with the first lines of their docstrings; `short` stops at packages."""
     lines = ["src/whyrank/", *(f"  {line}" for line in map_lines(SOURCE, is_short=what == "short"))]
@@ -208,6 +249,8 @@ GENERATORS: Mapping[str, Callable[[str, str], str]] = {
     "templates": templates,
     "file": file,
     "map": file_map,
+    "results": results,
+    "demo": demo,
 }
 MARKED = re.compile(
     rf"(?P<begin><!-- (?P<kind>{'|'.join(GENERATORS)})(?:: (?P<what>[^\n]+?))? -->\n)"
