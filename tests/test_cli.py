@@ -8,16 +8,19 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from whyrank.cli import app, main
 from whyrank.datasets import read_run
 from whyrank.errors import TemplateMismatch
+from whyrank.generators.opening import ModelOptions
 from whyrank.generators.scripted import ScriptedAnswer
 from whyrank.records import Document, Judgment, Pair, Query
 from whyrank.store import read_jsonl, write_jsonl
@@ -500,6 +503,12 @@ def test_documents_without_text_are_named() -> None:
 def test_names_are_printed_as_they_are() -> None:
     done = run(*RERANK[:-1], "out[bold]:car:")
     assert "out[bold]:car:/run.trec" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["label", "rerank"])
+def test_every_setting_of_a_model_is_an_option(verb: str) -> None:
+    command = get_command(app).commands[verb]  # type: ignore[attr-defined]
+    assert {option.name for option in fields(ModelOptions)} <= {parameter.name for parameter in command.params}
 
 
 def test_version_and_help() -> None:

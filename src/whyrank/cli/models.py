@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 from shutil import copyfileobj
@@ -65,6 +65,7 @@ DEMO = DemoConfig()
 
 
 def label(
+    context: typer.Context,
     pairs: Annotated[Path, existing("--pairs", help="Pairs to label: pairs.jsonl of whyrank mine.")],
     queries: Queries,
     corpus: Corpus,
@@ -83,7 +84,7 @@ def label(
     timeout: Timeout = MODEL.timeout,
     deadline: Deadline = MODEL.deadline,
     max_retries: MaxRetries = MODEL.max_retries,
-    logprobs: Logprobs = MODEL.has_logprobs,
+    has_logprobs: Logprobs = MODEL.has_logprobs,
     limit: Limit = None,
     skip_bad: SkipBad = False,
     json: Json = False,
@@ -105,9 +106,7 @@ def label(
         mode=mode,
         instruction=instruction,
         max_explanation_tokens=max_explanation_tokens,
-        options=ModelOptions(
-            device, dtype, batch_size, concurrency, timeout, deadline, max_retries, has_logprobs=logprobs
-        ),
+        options=_model_options(context),
     )
     config = _judge_config(reranker, limit=limit)
     manifest = Manifest("label", config).with_inputs(pairs, queries, corpus)
@@ -204,6 +203,7 @@ def distill(
 
 
 def rerank(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Option(help="Folder, hub id, endpoint:URL#MODEL or scripted:FILE; default: the demo model.")
     ] = None,
@@ -233,7 +233,7 @@ def rerank(
     timeout: Timeout = MODEL.timeout,
     deadline: Deadline = MODEL.deadline,
     max_retries: MaxRetries = MODEL.max_retries,
-    logprobs: Logprobs = MODEL.has_logprobs,
+    has_logprobs: Logprobs = MODEL.has_logprobs,
     excluded: Excluded = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -256,7 +256,7 @@ def rerank(
         raise typer.BadParameter("give either --run and -o, or --query and --documents")
     if is_one and (corpus, queries, excluded) != (None, None, None):
         raise typer.BadParameter("--corpus, --queries and --excluded go with --run, not with --query")
-    fields = _parse_fields(field or [])
+    names = _parse_fields(field or [])
     with _as_usage_error():
         needs_scores = parse_fuse(fuse).method in ("zscore", "minmax")
     if is_one and needs_scores:
@@ -271,7 +271,7 @@ def rerank(
             top_k=top_k,
             limit=limit,
             skip_bad=skip_bad,
-            fields=fields,
+            fields=names,
         )
     reranker = Reranker.load(
         model,
@@ -281,12 +281,10 @@ def rerank(
         fuse=fuse,
         on_unparsed=on_unparsed,
         max_explanation_tokens=max_explanation_tokens,
-        options=ModelOptions(
-            device, dtype, batch_size, concurrency, timeout, deadline, max_retries, has_logprobs=logprobs
-        ),
+        options=_model_options(context),
     )
     if query is not None and documents is not None:
-        found = _read_documents(documents, fields, limit=limit, skip_bad=skip_bad)
+        found = _read_documents(documents, names, limit=limit, skip_bad=skip_bad)
         with Progress(f"judging with {reranker.judge.generator.name}", len(found)) as progress:
             ranking = reranker.rank(query, found, top_k=top_k, on_judgment=lambda _: progress.advance())
         print_ranking(query, ranking, as_json=json)
@@ -332,6 +330,11 @@ def demo(
         print_json(outcome.to_json())
     else:
         outcome.print(console())
+
+
+def _model_options(context: typer.Context) -> ModelOptions:
+    """What a verb was given for loading its model: the parameters that bear the names of the attributes."""
+    return ModelOptions(**{option.name: context.params[option.name] for option in fields(ModelOptions)})
 
 
 def _judge_config(reranker: Reranker, **more: JsonValue) -> dict[str, JsonValue]:
