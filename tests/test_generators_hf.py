@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, T5Config
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+)
 
 from tests.checkpoints import FAMILIES, NOT_SPECIAL_BUT_ADDED, SPECIAL, Family, save_checkpoint
 from whyrank.errors import GenerationError, InputError, TemplateMismatch, UnsupportedModel
@@ -179,6 +189,38 @@ def test_the_explanation_ends_at_the_separator_and_the_separator_is_not_part_of_
     assert stopped[0].label_probs[0] == pytest.approx(float(torch.tensor(expected).double().exp()), abs=1e-6, rel=1e-3)
 
 
+def test_rows_that_finish_early_do_not_narrow_a_sliding_window(checkpoints: dict[Family, Path]) -> None:
+    """Gemma 3 attends to 32 tokens; its neighbours write 30 more before the short row's label is read."""
+    generator = HfGenerator.load(checkpoints["gemma3"], device="cpu", dtype="float32", batch_size=4)
+    base = requests_for(generator, Template.load("explain-0-2"), ("explain",))[:4]
+    caps = (3, 30, 30, 30)
+    requests = [replace(r, sampling=Sampling(max_tokens=cap)) for r, cap in zip(base, caps, strict=True)]
+    together = dict(generator.generate(requests))
+    for index, request in enumerate(requests):
+        explanation, probs = plain_completion(generator, request)
+        assert together[index].token_ids == tuple(explanation)
+        assert together[index].label_probs == pytest.approx(probs, abs=1e-9, rel=1e-3)
+
+
+def test_a_stop_inside_a_token_keeps_the_text_before_it(checkpoints: dict[Family, Path]) -> None:
+    """The stop is the second letter of a token: its first letter is kept, spelled anew, and the label follows it."""
+    generator = HfGenerator.load(checkpoints["qwen3"], device="cpu", dtype="float32", batch_size=2)
+    free = requests_for(generator, Template.load("explain-0-2"), ("explain",))[0]
+    written = dict(generator.generate([free]))[0]
+    assert written.text.startswith(" because")
+    assert len(written.token_ids or ()) == MAX_NEW_TOKENS
+    cut = dict(generator.generate([replace(free, stops=("cause",), label_prompt="\n\nRelevance Label:")]))[0]
+    assert (cut.text, cut.finish_reason, cut.logprobs) == (" be", "stop", None)
+    assert cut.token_ids == generator.tokens.encode_text(" be")
+    context = [*generator.tokens.prompt_ids(free), *cut.token_ids, *generator.tokens.endings(free).prompt]
+    label = generator.tokens.endings(free).labels[0]
+    with torch.inference_mode():
+        found = torch.log_softmax(generator.model(input_ids=torch.tensor([[*context, *label]])).logits[0].double(), -1)
+    log_prob = sum(float(found[len(context) - 1 + i, token]) for i, token in enumerate(label))
+    assert cut.label_probs is not None
+    assert cut.label_probs[0] == pytest.approx(float(torch.tensor(log_prob).double().exp()), rel=1e-3, abs=1e-9)
+
+
 def test_a_request_that_does_not_fit_fails_alone(checkpoints: dict[Family, Path]) -> None:
     generator = HfGenerator.load(checkpoints["llama"], device="cpu", dtype="float32", batch_size=2)
     good = requests_for(generator, Template.load("explain-0-2"), ("direct",))[0]
@@ -240,6 +282,27 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
         load_model(tmp_path / "mamba", cpu, torch.float32)
     with pytest.raises(InputError, match="expected a folder with a Hugging Face checkpoint"):
         load_model(tmp_path / "nothing", cpu, torch.float32)
+
+
+def test_models_that_cannot_write_are_refused_by_name(tmp_path: Path) -> None:
+    """A classifier's body would load with a random head and rank at random."""
+    shape = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    }
+    LlamaForSequenceClassification(LlamaConfig(**shape, pad_token_id=0)).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(UnsupportedModel, match="LlamaForSequenceClassification cannot continue a text"):
+        load_model(tmp_path / "classifier", torch.device("cpu"), torch.float32)
+    headless = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
+    headless.save_pretrained(tmp_path / "headless")
+    weights = load_file(tmp_path / "headless" / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "headless" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"lack 1 tensors of LlamaForCausalLM, the first is lm_head\.weight"):
+        load_model(tmp_path / "headless", torch.device("cpu"), torch.float32)
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:

@@ -78,9 +78,11 @@ class Completion:
     """What came back for one request.
 
     A two-phase backend puts the explanation in `text` and the unrestricted probability of each label, in the
-    request's order, in `label_probs`. A backend that cannot append (a chat endpoint) puts the whole answer in
+    request's order, in `label_probs`. `num_completion_tokens` counts what the model wrote, not what was appended. A
+    backend that cannot append (a chat endpoint) puts the whole answer in
     `text` and leaves `label_probs` at `None`: the template parses it. `token_ids` and `logprobs` (natural
-    logarithm) cover the explanation. A failed request carries its exception in `error` and nothing else.
+    logarithm) cover the explanation; `logprobs` is `None` where the explanation ended inside a token that the model
+    chose, because the rest of it was spelled anew. A failed request carries its exception in `error` and nothing else.
     """
 
     text: str

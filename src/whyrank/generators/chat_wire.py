@@ -53,9 +53,10 @@ def chat_payload(
         "model": model,
         "messages": chat_messages(request),
         "temperature": request.sampling.temperature,
-        "seed": request.sampling.seed,
         token_limit_field: num_explained + num_label_tokens,
     }
+    if request.sampling.temperature > 0:  # a greedy answer draws nothing, and not every service knows the field
+        payload["seed"] = request.sampling.seed
     if request.chat_options:
         payload["chat_template_kwargs"] = dict(request.chat_options)
     if has_logprobs:

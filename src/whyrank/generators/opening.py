@@ -47,6 +47,8 @@ class ModelOptions:
     """Further attempts after an endpoint was busy or failed; its Retry-After is always honoured."""
     has_logprobs: bool = False
     """Read the label distribution from an endpoint's log-probabilities, where it offers them."""
+    token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """How an endpoint names the cap of an answer's length; newer services refuse max_tokens."""
 
 
 def open_model(
@@ -91,6 +93,7 @@ def open_model(
             deadline=options.deadline,
             max_retries=options.max_retries,
             has_logprobs=options.has_logprobs,
+            token_limit_field=options.token_limit_field,
         )
         return Endpoint(url, model, config=config), template or Template.load(DEFAULT_TEMPLATE)
     if kind == "scripted" and rest:

@@ -1,8 +1,8 @@
 """One batch, two phases: write the explanations, then read the label distributions.
 
 Prompts are padded on the left; a mask and explicit positions make every row independent of the others. Rows
-that finish stay in the cache until half of the batch is done; then their labels are read together, from the
-same cache with everything after their last kept token masked, and they leave.
+that finish stay in the cache until half of the batch is done; then their caches are packed down to what belongs to
+them, their labels are read together, and they leave.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ STOP_WINDOW = 24  # tokens at the end of an explanation that are searched for a 
 
 @dataclass(slots=True)
 class Row:
-    """One request on its way through a batch. `num_kept` generated tokens belong to the explanation."""
+    """One request on its way through a batch.
+
+    `num_kept` of the generated tokens belong to the explanation; where its end lies inside a token, `tail` spells the
+    rest of it. `num_written` counts what the model wrote, the stop included.
+    """
 
     index: int
     request: Request
@@ -37,6 +41,8 @@ class Row:
     generated: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     num_kept: int = 0
+    num_written: int = 0
+    tail: tuple[int, ...] = ()
     finish: FinishReason | None = None
     random: torch.Generator | None = None
 
@@ -124,74 +130,105 @@ def _choose_tokens(batch: Batch, tokens: ChatTokens, eos_ids: frozenset[int]) ->
     greedy = log_probs.argmax(dim=-1).tolist()
     for i, row in enumerate(batch.rows):
         if row.finish is not None:
-            row.generated.append(row.generated[-1])
+            row.generated.append(row.generated[-1] if row.generated else 0)
             continue
         token, log_prob = greedy[i], log_probs[i]
         if row.request.sampling.temperature > 0:
             token, log_prob = _sample(batch.logits[i], row)
         row.generated.append(token)
+        row.num_written += 1
         if token in eos_ids:
             row.finish = "stop"
-            continue
-        row.logprobs.append(float(log_prob[token]))
-        row.num_kept = len(row.generated)
-        _stop_if_told(row, tokens)
+        else:
+            row.logprobs.append(float(log_prob[token]))
+            row.num_kept = len(row.generated)
+            row.finish = _reason_to_stop(row, tokens)
+        if row.finish is not None:
+            _keep_explanation(row, tokens)
 
 
 def _sample(logits: Tensor, row: Row) -> tuple[int, Tensor]:
     """Draw with the row's own random numbers, so that the draw does not depend on its neighbours."""
     if row.random is None:
         row.random = torch.Generator().manual_seed(row.request.sampling.seed)
-    log_probs = torch.log_softmax(logits.double() / row.request.sampling.temperature, dim=-1).cpu()
+    log_probs = torch.log_softmax(logits.cpu().double() / row.request.sampling.temperature, dim=-1)
     return int(torch.multinomial(log_probs.exp(), 1, generator=row.random)), log_probs
 
 
-def _stop_if_told(row: Row, tokens: ChatTokens) -> None:
+def _reason_to_stop(row: Row, tokens: ChatTokens) -> FinishReason | None:
     is_all = len(row.generated) <= STOP_WINDOW
-    tail = ("\n" if is_all else "") + tokens.decode(row.generated[-STOP_WINDOW:])
-    if any(stop in tail for stop in row.request.stops):
-        row.finish = "stop"
-        text = "\n" + tokens.decode(row.generated)
-        start = min(at for at in (text.find(stop) for stop in row.request.stops) if at >= 0) - 1
-        row.num_kept = len(row.generated)
-        while row.num_kept and len(tokens.decode(row.generated[: row.num_kept])) > max(start, 0):
-            row.num_kept -= 1
-    elif len(row.generated) >= row.request.sampling.max_tokens:
-        row.finish = "length"
+    ending = ("\n" if is_all else "") + tokens.decode(row.generated[-STOP_WINDOW:])
+    if any(stop in ending for stop in row.request.stops):
+        return "stop"
+    return "length" if len(row.generated) >= row.request.sampling.max_tokens else None
+
+
+def _keep_explanation(row: Row, tokens: ChatTokens) -> None:
+    """Settle which tokens are the explanation: those before the first stop, without the beginning of the label
+    prompt, which the runtime appends itself. The context of the label is then the one of training."""
+    text = tokens.decode(row.generated[: row.num_kept])
+    found = [at for at in (f"\n{text}".find(stop) for stop in row.request.stops) if at >= 0]
+    end = max(min(found) - 1, 0) if found else len(text)
+    prompt = row.request.label_prompt
+    end -= next((size for size in range(len(prompt), 0, -1) if text[:end].endswith(prompt[:size])), 0)
+    if end == len(text):
+        return
+    shown = text
+    while row.num_kept and not (len(shown) <= end and text.startswith(shown)):
+        row.num_kept -= 1
+        shown = tokens.decode(row.generated[: row.num_kept])
+    row.tail = tokens.encode_text(text[len(shown) : end]) if len(shown) < end else ()
 
 
 def _read_labels(model: PreTrainedModel, tokens: ChatTokens, batch: Batch) -> Iterator[tuple[int, Completion]]:
-    """The second phase for rows that have finished; rows are grouped by their label prompt."""
-    kinds: dict[Endings, list[int]] = {}
+    """The second phase for rows that have finished; rows that need the same tokens appended go together."""
+    kinds: dict[tuple[Endings, tuple[int, ...]], list[int]] = {}
     for i, row in enumerate(batch.rows):
-        kinds.setdefault(row.endings, []).append(i)
-    for endings, members in kinds.items():
-        group = batch if len(kinds) == 1 else batch.keep(members)
-        for row, log_probs in zip(group.rows, _label_log_probs(model, group, endings), strict=True):
-            kept = row.generated[: row.num_kept]
-            yield (
-                row.index,
-                Completion(
-                    text=tokens.decode(kept),
-                    finish_reason=row.finish or "stop",
-                    label_probs=tuple(math.exp(p) for p in log_probs),
-                    token_ids=tuple(kept),
-                    logprobs=tuple(row.logprobs[: row.num_kept]),
-                    num_prompt_tokens=len(row.prompt),
-                    num_completion_tokens=len(kept) + len(endings.prompt),
-                ),
+        kinds.setdefault((row.endings, row.tail), []).append(i)
+    for (endings, tail), members in kinds.items():
+        group = _packed(batch, members)
+        for row, log_probs in zip(group.rows, _label_log_probs(model, group, endings, tail), strict=True):
+            kept = (*row.generated[: row.num_kept], *tail)
+            completion = Completion(
+                text=tokens.decode(kept),
+                finish_reason=row.finish or "stop",
+                label_probs=tuple(math.exp(p) for p in log_probs),
+                token_ids=kept,
+                logprobs=None if tail else tuple(row.logprobs[: row.num_kept]),
+                num_prompt_tokens=len(row.prompt),
+                num_completion_tokens=row.num_written,
             )
+            yield row.index, completion
 
 
-def _label_log_probs(model: PreTrainedModel, batch: Batch, endings: Endings) -> list[list[float]]:
-    """Log-probability of every label for every row, from the rows' cache."""
-    mask = batch.mask.clone()
-    for i, row in enumerate(batch.rows):
-        num_beyond = len(row.generated) - row.num_kept  # written after the explanation: must not be seen
-        if num_beyond:
-            mask[i, -num_beyond:] = 0
+def _packed(batch: Batch, members: Sequence[int]) -> Batch:
+    """These rows with prompt and explanation only, moved to the right end of a cache of their own.
+
+    A masked token between explanation and label would do no harm to full attention, but it would take a place in a
+    sliding window.
+    """
+    rows = [batch.rows[i] for i in members]
+    num_prompt = batch.mask.shape[1] - len(rows[0].generated)  # all rows have taken the same number of steps
+    lengths = torch.tensor([len(row.prompt) + row.num_kept for row in rows])
+    ends = torch.tensor([num_prompt + row.num_kept for row in rows])
+    places = torch.arange(int(lengths.max())) - int(lengths.max())
+    mask = (places >= -lengths[:, None]).long().to(batch.mask.device)
+    sources = (places + ends[:, None]).clamp(min=0).to(batch.mask.device)
+    chosen = torch.tensor(members, device=batch.mask.device)[:, None]
+    cache = DynamicCache()
+    for layer, source in enumerate(batch.cache.layers):
+        held = cast(DynamicLayer, source)
+        keys, values = cast(Tensor, held.keys), cast(Tensor, held.values)
+        cache.update(keys[chosen, :, sources].transpose(1, 2), values[chosen, :, sources].transpose(1, 2), layer)
+    return Batch(rows, cache, mask, batch.logits[:0])
+
+
+def _label_log_probs(
+    model: PreTrainedModel, batch: Batch, endings: Endings, tail: tuple[int, ...]
+) -> list[list[float]]:
+    """Natural-log probability of every label for every row, from the rows' cache."""
     after: list[dict[tuple[int, ...], dict[int, float]]] = [{} for _ in batch.rows]
-    mask = _visit(model, batch.cache, mask, endings.prompt, (), endings.labels, after)
+    mask = _visit(model, batch.cache, batch.mask, (*tail, *endings.prompt), (), endings.labels, after)
     for path in prefixes_to_visit(endings.labels):
         _visit(model, batch.cache, mask, path, path, endings.labels, after)
         batch.cache.crop(-len(path))
@@ -214,7 +251,7 @@ def _visit(
     ids = torch.tensor([tokens] * mask.shape[0], device=mask.device)
     mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
     nodes = [path[:end] for end in range(1, len(path) + 1)] or [()]
-    log_probs = torch.log_softmax(_forward(model, ids, mask, cache, keep=len(nodes)).double(), dim=-1)
+    log_probs = torch.log_softmax(_precise(_forward(model, ids, mask, cache, keep=len(nodes))), dim=-1)
     for depth, node in enumerate(nodes):
         children = sorted(
             {label[len(node)] for label in labels if label[: len(node)] == node and len(label) > len(node)}
@@ -223,3 +260,8 @@ def _visit(
         for row_values, row_after in zip(values, after, strict=True):
             row_after[node] = dict(zip(children, row_values, strict=True))
     return mask
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """In float64, so that label probabilities do not depend on their company; Apple's MPS has float32 only."""
+    return logits if logits.device.type == "mps" else logits.double()

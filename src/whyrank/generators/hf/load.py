@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ __all__ = [
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 STANDARD_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -84,15 +85,25 @@ def load_model(model: str | Path, device: torch.device, dtype: torch.dtype) -> P
     if not layers <= STANDARD_LAYERS:
         strange = ", ".join(sorted(layers - STANDARD_LAYERS))
         raise UnsupportedModel(f"{name} has layers without a standard key/value cache ({strange})")
+    architectures = list(getattr(config, "architectures", None) or [])
+    if architectures and not any(architecture.endswith(GENERATIVE) for architecture in architectures):
+        raise UnsupportedModel(f"{', '.join(architectures)} cannot continue a text; expected a causal language model")
     try:
         with without_progress_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                str(model), dtype=dtype, trust_remote_code=False, use_safetensors=True
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                str(model), dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError) as cause:
         raise InputError(f"{name} could not be loaded from {str(model)!r}: {_first_line(cause)}") from cause
+    loaded, report = found
     if getattr(loaded, "_is_stateful", False):
         raise UnsupportedModel(f"{name} keeps a recurrent state instead of a key/value cache")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UnsupportedModel(
+            f"the weights in {str(model)!r} lack {len(missing)} tensors of {type(loaded).__name__}, the first is "
+            f"{missing[0]}; they would be random"
+        )
     torch.nn.Module.train(loaded, False)
     torch.nn.Module.to(loaded, device)
     return cast(PreTrainedModel, loaded)
