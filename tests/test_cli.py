@@ -17,6 +17,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
+from tests.fake_endpoint import FakeEndpoint, Reply
 from whyrank.cli import app, main
 from whyrank.datasets import read_run
 from whyrank.errors import TemplateMismatch
@@ -231,6 +232,17 @@ def test_one_query_as_json_with_documents_from_standard_input() -> None:
             }
         ],
     }
+
+
+@pytest.mark.usefixtures("here")
+def test_an_endpoint_is_called_as_it_wants() -> None:
+    with FakeEndpoint(lambda document, attempt: Reply(text="Relevance Label: 2 ##")) as server:
+        words = ("rerank", "--run", "run.trec", *TEXTS, "--model", f"endpoint:{server.url}#m", "-o", "out")
+        run_json(*words, "--token-limit-field", "max_completion_tokens", "--mode", "direct")
+    assert len(server.seen) == 5
+    for seen in server.seen:
+        assert "max_completion_tokens" in seen.payload
+        assert not {"max_tokens", "seed"} & set(seen.payload)
 
 
 @pytest.mark.usefixtures("here")

@@ -59,6 +59,7 @@ from whyrank.training.config import DistillConfig, TinyConfig
 
 __all__ = ["demo", "distill", "label", "rerank"]
 
+TokenLimitField = Annotated[Literal["max_tokens", "max_completion_tokens"], setting(ModelOptions, "token_limit_field")]
 DISTILL = DistillConfig()
 TINY = TinyConfig()
 DEMO = DemoConfig()
@@ -85,6 +86,7 @@ def label(
     deadline: Deadline = MODEL.deadline,
     max_retries: MaxRetries = MODEL.max_retries,
     has_logprobs: Logprobs = MODEL.has_logprobs,
+    token_limit_field: TokenLimitField = MODEL.token_limit_field,
     limit: Limit = None,
     skip_bad: SkipBad = False,
     json: Json = False,
@@ -234,6 +236,7 @@ def rerank(
     deadline: Deadline = MODEL.deadline,
     max_retries: MaxRetries = MODEL.max_retries,
     has_logprobs: Logprobs = MODEL.has_logprobs,
+    token_limit_field: TokenLimitField = MODEL.token_limit_field,
     excluded: Excluded = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,

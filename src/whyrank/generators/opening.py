@@ -48,7 +48,7 @@ class ModelOptions:
     has_logprobs: bool = False
     """Read the label distribution from an endpoint's log-probabilities, where it offers them."""
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """How an endpoint names the cap of an answer's length; newer services refuse max_tokens."""
+    """How an endpoint names the cap of an answer's length; some services refuse max_tokens."""
 
 
 def open_model(
