@@ -279,6 +279,9 @@ def test_runs_that_are_refused(text: str, problem: str, write: Callable[..., Pat
         ("q 0 d 1\nq 0 d e 1\n", r":2: expected 'query_id 0 doc_id relevance'.*found 5 columns"),
         ('{"query_id": "q", "doc_id": "d", "relevance": true}', "expected a whole number as relevance, found True"),
         ("query-id\tcorpus-id\tscore\n", "Accepted formats"),
+        # Not Cranfield's rows, which begin with a query: its ids would be row numbers, here 1, 2 and 3.
+        ("1,d1,2\n1,d2,0\n2,d3,1\n", r"(?s): expected qrels, .*: put tabs in place of the commas.*Accepted formats"),
+        ("query-id,corpus-id,score\nq1,d1,2\n", "put tabs in place of the commas"),
     ],
 )
 def test_qrels_that_are_refused(text: str, problem: str, write: Callable[..., Path]) -> None:

@@ -2,7 +2,8 @@
 
 The document file is one object that repeats the key `add` for every document, which `json.load` silently reduces to
 the last one. The body begins with the title; it is taken off, so that `Document.full_text` says it once. A row of
-the CSV is the query followed by pairs of document id and grade; a query's id is the number of its row, from 1.
+the CSV is the query followed by pairs of document id and grade; a query's id is the number of its row, from 1. Among
+the first rows there must be a query of several words: that is what tells the format from other tables.
 """
 
 from __future__ import annotations
@@ -54,12 +55,15 @@ def _fields(pairs: Any) -> dict[str, Any]:
 
 
 def is_row(line: str) -> bool:
-    """Whether a line is a query followed by pairs of id and grade."""
+    """Whether a line is a query of several words followed by pairs of id and grade.
+
+    Without the demand for words `1,d1,2` of any other table would be the query "1", known by the number of its row.
+    """
     try:
-        _row(line)
+        query_text = _row(line)[0]
     except InputError:
         return False
-    return "\t" not in line
+    return "\t" not in line and len(query_text.split()) > 1
 
 
 def _row(line: str) -> list[str]:

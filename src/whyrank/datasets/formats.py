@@ -51,6 +51,7 @@ Located = tuple[str, R]
 
 Layout = Literal["sgml", "solr", "json", "jsonl", "columns"]
 SOLR_BEGINNING = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{\s*"add"\s*:')
+CSV_BEGINNING = re.compile(r"[^\s,<{\[]+,\S")
 NUM_LOOKED_AT = 20  # objects or lines of which one must be recognised, so that `--skip-bad` survives a bad first line
 EXCERPT_LENGTH = 80  # characters
 
@@ -274,6 +275,8 @@ def excerpt(value: Any) -> str:
 def unrecognised(path: Path | str, noun: str, formats: Sequence[tuple[str, str]], found: str = "") -> InputError:
     """The error for a file that fits none of `formats`, which are `(name, example)`."""
     if not found:
-        found = f"a file that begins with {excerpt(first_lines(path)[0])}"
+        first = first_lines(path)[0]
+        advice = " (comma-separated values: put tabs in place of the commas)" if CSV_BEGINNING.match(first) else ""
+        found = f"a file that begins with {excerpt(first)}{advice}"
     accepted = "\n".join(f"  {name}: {example}" for name, example in formats)
     return InputError(f"{path}: expected {noun}, found {found}. Accepted formats:\n{accepted}")
