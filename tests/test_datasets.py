@@ -242,6 +242,7 @@ def test_skipping_bad_lines(write: Callable[..., Path]) -> None:
             "q Q0 a 1 2.0 t\nq Q0 a 2 1.0 t\n",
             r":2: expected every document once for a query, found document 'a' a second",
         ),
+        ("q Q0 a 1 1_5 t\n", r":1: expected a finite number as score, found '1_5'"),
         ("q Q0 a 1 nan t\n", r":1: expected a finite number as score, found 'nan'"),
         ("q Q0 a 1 2.0 t\nq Q0 b 2 -inf t\n", r":2: expected a finite number as score, found '-inf'"),
         ("q Q0 a 1 2.0 t\nq Q0 b 2.0 1.0 t\n", r":2: expected a whole number as rank .column 4., found '2.0'"),

@@ -240,8 +240,9 @@ def finite(value: Any) -> float:
     Raises:
         InputError: the value is no number, NaN or infinite.
     """
+    is_foreign = isinstance(value, bool) or (isinstance(value, str) and "_" in value)  # Python reads `1_5` as 15
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if is_foreign else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
