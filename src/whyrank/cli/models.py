@@ -101,10 +101,11 @@ def label(
       whyrank label --pairs mined/train/pairs.jsonl --queries mined/train/queries.jsonl \\
         --corpus mined/corpus.jsonl --teacher endpoint:http://localhost:8000/v1#my-model -o labelled/
     """
+    asked = _template(template)
     texts = read_pairs(pairs, queries, corpus, limit=limit, skip_bad=skip_bad)
     reranker = Reranker.load(
         teacher,
-        template=template,
+        template=asked,
         mode=mode,
         instruction=instruction,
         max_explanation_tokens=max_explanation_tokens,
@@ -191,8 +192,9 @@ def distill(
             seed=seed,
             tiny=TinyConfig(vocab_size, hidden_size, num_layers, num_heads, intermediate_size),
         )
+        taught = Template.load(template)
     manifest = Manifest("distill", {}, seed=seed).with_inputs(*judgments, *queries, *corpus)
-    done = distill_files(judgments, queries, corpus, Template.load(template), out, config, manifest, limit=limit)
+    done = distill_files(judgments, queries, corpus, taught, out, config, manifest, limit=limit)
     last = done.history[-1]
     if json:
         print_json({**asdict(done), "checkpoint": str(out), "history": [asdict(step) for step in done.history]})
@@ -264,6 +266,7 @@ def rerank(
         needs_scores = parse_fuse(fuse).method in ("zscore", "minmax")
     if is_one and needs_scores:
         raise typer.BadParameter(f"--fuse {fuse} needs the scores of a --run; with --query choose none or rrf")
+    asked = _template(template)
     candidates = None
     if run is not None:  # before the model, which may take minutes to load
         candidates = read_candidates(
@@ -278,7 +281,7 @@ def rerank(
         )
     reranker = Reranker.load(
         model,
-        template=template,
+        template=asked,
         mode=mode,
         instruction=instruction,
         fuse=fuse,
@@ -333,6 +336,11 @@ def demo(
         print_json(outcome.to_json())
     else:
         outcome.print(console())
+
+
+def _template(name: str | None) -> Template | None:
+    with _as_usage_error():
+        return None if name is None else Template.load(name)
 
 
 def _model_options(context: typer.Context) -> ModelOptions:
