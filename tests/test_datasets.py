@@ -236,6 +236,30 @@ def test_skipping_bad_lines(write: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("reader", "line"),
+    [
+        ("corpus", '{"_id": "d\\ud800", "text": "x"}'),
+        ("corpus", '{"_id": "d", "text": "x \\ud800 y"}'),
+        ("corpus", '{"_id": "d", "text": "x", "title": "\\udfff"}'),
+        ("corpus", '{"_id": "d", "text": "x", "source": "\\ud800", "licence": ""}'),
+        ("queries", '{"_id": "q", "text": "\\udc00\\ud800"}'),  # the wrong way round: no pair
+        ("qrels", '{"query_id": "q", "doc_id": "\\ud800", "relevance": 1}'),
+        ("run", '{"q": {"\\ud800": 1.5}}'),
+    ],
+)
+def test_a_lone_surrogate_is_refused_where_it_stands(reader: str, line: str, write: Callable[..., Path]) -> None:
+    whole = "\\ud83d\\ude00"  # a pair: one character, U+1F600
+    good = line.replace("\\udc00\\ud800", whole).replace("\\udfff", whole).replace("\\ud800", whole)
+    path = write(f"{good}\n{line}\n")
+    with pytest.raises(InputError, match=":2: expected text that UTF-8 can hold, found the lone surrogate"):
+        list(READERS[reader](path))
+    bad = BadLines()
+    found = READERS[reader](path, bad=bad)
+    assert "\U0001f600" in str(found if isinstance(found, dict) else list(found))
+    assert bad.count == 1
+
+
+@pytest.mark.parametrize(
     ("text", "problem"),
     [
         (

@@ -168,6 +168,14 @@ def test_what_json_cannot_hold_is_refused_when_written(tmp_path: Path) -> None:
     assert path.read_text() == '{"query_id":"q","doc_id":"d","rank":1,"score":0.5}\n'
 
 
+def test_an_odd_character_in_an_answer_does_not_end_a_job(tmp_path: Path) -> None:
+    path = tmp_path / "queries.jsonl"
+    with JsonlAppender(path, Query) as appender:
+        for text in ("a \ud800 b", "\udfff", "\U0001f600"):
+            appender.append(Query("q", text))
+        assert [query.text for query in appender.existing()] == ["a \ufffd b", "\ufffd", "\U0001f600"]
+
+
 @given(text=st.text(st.characters(codec="utf-8")))
 def test_a_record_is_one_line_whatever_it_holds(text: str) -> None:
     line = to_json(Query("q", text))

@@ -153,6 +153,13 @@ def test_parse_undoes_answer(templates: tuple[Template, ...], why: str, pick: An
             assert template.parse(template.answer(label, why)) == (label, why)
 
 
+def test_what_no_file_can_hold_is_replaced() -> None:
+    template = Template.load("explain-0-2")
+    assert template.parse("Explanation: a\ud800b\n\nRelevance Label: 2 ##") == ("2", "a\ufffdb")
+    assert template.parse("\udfff") == (None, "\ufffd")
+    assert template.read_explanation("a\ud800") == "a\ufffd"
+
+
 @given(why=NASTY)
 def test_reading_undoes_escaping(templates: tuple[Template, ...], why: str) -> None:
     for template in templates:

@@ -51,6 +51,7 @@ R = TypeVar("R")
 GZIP_MAGIC = b"\x1f\x8b"
 UTF8_BOM = b"\xef\xbb\xbf"
 DAMAGED_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot hold it
 MAYBE_NOT_FINITE = re.compile(r"NaN|Infinity|[eE]\+?\d{3}")  # a quick look before the exact one
 
 
@@ -172,9 +173,13 @@ def to_json(record: Any) -> str:
     Raises:
         ValueError: a number is NaN or infinite, or a text holds a lone surrogate.
     """
-    line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    line = _json_line(record)
     line.encode()  # a lone surrogate is refused here, and not when half of an artefact is written
     return line
+
+
+def _json_line(record: Any) -> str:
+    return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @contextmanager
@@ -280,10 +285,14 @@ class JsonlAppender(Generic[R]):
     def append(self, record: R) -> None:
         """Hand one record to the operating system, whole or not at all.
 
+        A lone surrogate is written as U+FFFD: readers refuse it, so that here it can only be a model's or a service's,
+        and one odd character in an answer must not end a job of hours.
+
         Raises:
             OSError: the disk is full or failing; the file then ends where it ended before.
+            ValueError: a number is NaN or infinite.
         """
-        line = memoryview(to_json(record).encode() + b"\n")
+        line = memoryview(LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", _json_line(record)).encode() + b"\n")
         end = self._stream.seek(0, os.SEEK_END)
         try:
             while line:

@@ -30,7 +30,7 @@ from whyrank.errors import InputError
 from whyrank.generators import Request, Sampling, Segment, TextTokens
 from whyrank.label_lines import LabelLines
 from whyrank.records import Mode
-from whyrank.store import content_key
+from whyrank.store import LONE_SURROGATE, content_key
 
 __all__ = ["Answer", "AnswerWords", "Limits", "PromptWords", "Rendered", "Scale", "Template"]
 
@@ -332,15 +332,16 @@ class Template:
         The answer's own form is read exactly. Other forms are read from the last line that is not blank (from what
         follows the separator, if the template has no words before its label), after NFKC, with Markdown marks
         allowed around it. A different label line before it makes the answer unreadable, and so does a thinking
-        block that was never closed.
+        block that was never closed. Lone surrogates, which no file can hold, become U+FFFD.
         """
+        text = _writable(text)
         body = self._after_thinking(text)
         found = None if body is None else self._parse_exact(body) or self._parse_loosely(body)
         return found or Answer(None, text)
 
     def read_explanation(self, text: str) -> str:
         """The explanation in a text that was generated up to a stop (phase 1)."""
-        return self.unescape(text).strip()
+        return self.unescape(_writable(text)).strip()
 
     @property
     def _is_thinking_the_explanation(self) -> bool:
@@ -411,6 +412,10 @@ class Template:
 
 
 _ADAPTER: TypeAdapter[Template] = TypeAdapter(Template)
+
+
+def _writable(text: str) -> str:
+    return LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _spread(match: re.Match[str], change: Callable[[str], str]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from whyrank.errors import InputError
-from whyrank.store import BadLines, open_binary, read_lines
+from whyrank.store import LONE_SURROGATE, BadLines, open_binary, read_lines
 
 __all__ = [
     "NUM_LOOKED_AT",
@@ -214,10 +214,10 @@ def id_of(value: Any) -> str:
     """An id as text; whole numbers become their digits.
 
     Raises:
-        InputError: the value is neither a text that is not blank nor a whole number.
+        InputError: the value is neither a text that is not blank nor a whole number; or see `text_of`.
     """
     if isinstance(value, str) and value.strip():
-        return value
+        return text_of(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise InputError(f"expected an id (text or a whole number), found {excerpt(value)}")
@@ -227,9 +227,14 @@ def text_of(value: Any) -> str:
     """A text, which may be empty.
 
     Raises:
-        InputError: the value is not a text.
+        InputError: the value is not a text, or holds half of a surrogate pair: JSON's escapes can spell it, but no
+            tokenizer takes it and no file can hold it.
     """
     if isinstance(value, str):
+        lone = LONE_SURROGATE.search(value)
+        if lone:
+            around = value[max(0, lone.start() - 10) : lone.end() + 10]
+            raise InputError(f"expected text that UTF-8 can hold, found the lone surrogate {lone[0]!r} in {around!r}")
         return value
     raise InputError(f"expected a text, found {excerpt(value)}")
 

@@ -67,8 +67,8 @@ def document_parser(fields: Mapping[str, str] | None) -> Callable[[dict[str, Any
             doc_id,
             text,
             title="" if title is None else text_of(title),
-            source=source if isinstance(source, str) else "",
-            licence=licence if isinstance(licence, str) else "",
+            source=text_of(source) if isinstance(source, str) else "",
+            licence=text_of(licence) if isinstance(licence, str) else "",
         )
 
     return parse
