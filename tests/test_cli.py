@@ -171,7 +171,8 @@ def test_ids_with_blanks_give_a_json_run(query_id: str, doc_id: str) -> None:
 @pytest.mark.usefixtures("here")
 def test_limit_top_k_excluded_and_fields() -> None:
     limited = run_json(*RERANK, "--limit", "1", "--top-k", "2")
-    assert (limited["queries"], order("out/run.trec")) == (1, {"q1": ["d1", "d3"]})
+    assert (limited["queries"], limited["counts"]["num_new"]) == (1, 2)
+    assert order("out/run.trec") == {"q1": ["d1", "d3", "d2"]}
     Path("excluded.txt").write_text("q1 d1\nq2 d5\nq2 d4\n")
     excluded = run_json(*RERANK, "--excluded", "excluded.txt", "--top-k", "2")
     # The excluded document does not count among the first two.
@@ -182,6 +183,28 @@ def test_limit_top_k_excluded_and_fields() -> None:
     words = ("--corpus", "renamed.jsonl", "--queries", "queries.jsonl", "--model", "overlap", "-o", "other")
     assert run("rerank", "--run", "run.trec", *words, *fields).exit_code == 0
     assert order("other/run.trec") == RERANKED
+
+
+@pytest.mark.usefixtures("here")
+def test_what_top_k_leaves_stays_below_as_it_stood() -> None:
+    # d3 (0 words) stands above d2 and d1 (3 and 1), and is alone judged for q1; neither tail needs a text.
+    Path("run.trec").write_text("q1 Q0 d3 1 9 x\nq1 Q0 d2 2 9 x\nq1 Q0 d1 3 8 x\nq2 Q0 d5 1 2 x\nq2 Q0 d4 2 1 x\n")
+    write_jsonl("docs.jsonl", [DOCUMENTS[2], DOCUMENTS[4]])
+    assert run_json(*RERANK, "--top-k", "1")["counts"]["num_new"] == 2
+    found = read_run("out/run.trec")
+    # Labels 0 and 2 are the judged scores; every line below has one less.
+    assert [(line.doc_id, line.rank, line.score) for line in found["q1"]] == [
+        ("d3", 1, 0),
+        ("d2", 2, -1),
+        ("d1", 3, -2),
+    ]
+    assert [(line.doc_id, line.rank, line.score) for line in found["q2"]] == [("d5", 1, 2), ("d4", 2, 1)]
+    values = run_json("evaluate", "--qrels", "qrels.txt", "run.trec", "out/run.trec", "--measures", "R@3")["runs"]
+    assert values[0]["values"] == values[1]["values"] == {"R@3": pytest.approx(2 / 3)}
+    ids = [{"qid": "q1", "docid": doc_id, "content": "a plant", "score": 1} for doc_id in ("x", "d 2")]
+    Path("rankgpt.json").write_text(json.dumps([{"query": QUERIES[0].text, "hits": ids}]))
+    blank = ("rerank", "--run", "rankgpt.json", "--model", "overlap", "--top-k", "1", "-o", "other")
+    assert run_json(*blank)["run"] == "other/run.json"
 
 
 @pytest.mark.usefixtures("here")

@@ -222,7 +222,12 @@ def rerank(
     instruction: Instruction = None,
     max_explanation_tokens: MaxExplanationTokens = None,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Rerank the first so many of each query; print so many.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --run: judge the first so many of each query; the rest follow as they stood. With --query: "
+            "judge all, print so many.",
+        ),
     ] = None,
     fuse: Annotated[str, typer.Option(help="Mix in the first stage: none, rrf, zscore:w, minmax:w.")] = "none",
     on_unparsed: Annotated[

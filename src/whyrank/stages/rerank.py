@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -26,13 +26,17 @@ RUN_TAG = "whyrank"
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What is to be ranked: queries in order, every document of the run, and the first-stage lines."""
+    """What is to be ranked: queries in order, the documents to be judged, and their first-stage lines.
+
+    `tails` holds the lines of a query that are not judged; they stay below the others, as they stood.
+    """
 
     queries: tuple[Query, ...]
     documents: Mapping[str, Document]
     run: Mapping[str, Sequence[ScoredDocument]]
     num_excluded: int
     num_bad_lines: int
+    tails: Mapping[str, Sequence[ScoredDocument]] = field(default_factory=dict)
 
     @property
     def num_pairs(self) -> int:
@@ -61,7 +65,7 @@ def read_candidates(
 
     Args:
         excluded: documents never to be ranked, per query; those that the queries name themselves are left out too.
-        top_k: rerank only the first so many of each query.
+        top_k: judge only the first so many of each query; the others become the tails.
         limit: only the first so many queries.
         skip_bad: count malformed lines and pass over them.
         fields: names of `doc_id`, `text` and `title` in the corpus.
@@ -94,9 +98,10 @@ def read_candidates(
         chosen,
         read_excluded(excluded, bad=bad) if excluded else {},
     )
-    kept = {query_id: ranked[:top_k] for query_id, ranked in kept.items()}
-    _check_texts(kept, lines, asked, documents, corpus or run)
-    return Candidates(chosen, documents, kept, num_excluded, bad.count if bad else 0)
+    judged = {query_id: ranked[:top_k] for query_id, ranked in kept.items()}
+    tails = {query_id: ranked[len(judged[query_id]) :] for query_id, ranked in kept.items()}
+    _check_texts(judged, lines, asked, documents, corpus or run)
+    return Candidates(chosen, documents, judged, num_excluded, bad.count if bad else 0, tails)
 
 
 def _without_excluded(run: Run, queries: Sequence[Query], more: Mapping[str, set[str]]) -> tuple[Run, int]:
@@ -174,11 +179,15 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
         for query in candidates.queries
         if candidates.run[query.query_id]
     ]
+    lines = {
+        ranking.query_id: _with_tail(ranking.to_run(), candidates.tails.get(ranking.query_id, ()))
+        for ranking in rankings
+    }
     # TREC's columns cannot hold an id with a blank in it; such a run is written as JSON.
-    ids = chain(candidates.documents, (query.query_id for query in candidates.queries))
+    ids = chain(lines, (line.doc_id for ranked in lines.values() for line in ranked))
     has_blanks = any(name.split() != [name] for name in ids)
     run = out / ("run.json" if has_blanks else "run.trec")
-    write_run(run, {ranking.query_id: ranking.to_run() for ranking in rankings}, tag=RUN_TAG)
+    write_run(run, lines, tag=RUN_TAG)
     outcome = Reranked(
         out=out,
         run=run,
@@ -190,3 +199,10 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
     )
     manifest.finished(start, counts={**counts.to_counts(), "num_queries": outcome.num_queries}).write(out)
     return outcome
+
+
+def _with_tail(judged: Sequence[ScoredDocument], tail: Sequence[ScoredDocument]) -> list[ScoredDocument]:
+    """The judged lines, and below them the others in first-stage order, each with a score of its own."""
+    rank, lowest = len(judged), min(line.score for line in judged)
+    below = [replace(line, rank=rank + i, score=lowest - i) for i, line in enumerate(tail, start=1)]
+    return [*judged, *below]
