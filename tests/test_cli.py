@@ -108,7 +108,14 @@ def test_rerank_a_run() -> None:
     assert len(list(read_jsonl("out/judgments.jsonl", Judgment))) == 5
     seconds, counts = found.pop("seconds"), found.pop("counts")
     assert seconds >= 0
-    assert found == {"out": "out", "run": "out/run.trec", "queries": 2, "excluded": 0, "bad_lines": 0}
+    assert found == {
+        "out": "out",
+        "run": "out/run.trec",
+        "queries": 2,
+        "excluded": 0,
+        "bad_lines": 0,
+        "without_text": 0,
+    }
     assert (counts["num_new"], counts["num_known"], counts["num_ok"]) == (5, 0, 5)
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert (manifest["stage"], manifest["is_finished"]) == ("rerank", True)
@@ -530,10 +537,27 @@ def test_wrong_input_exits_with_1_and_says_why(words: Sequence[str], message: st
 @pytest.mark.usefixtures("here")
 def test_documents_without_text_are_named() -> None:
     write_jsonl("docs.jsonl", DOCUMENTS[:-1])
-    absent = "whyrank: 1 documents of the run are not in docs.jsonl, the first is 'd5'\n"
+    advice = "give the file that the run was made from, or pass --skip-bad to drop and count such candidates"
+    absent = f"whyrank: 1 of the 5 documents to be judged are not in docs.jsonl, the first is 'd5': {advice}\n"
     assert whole(*RERANK) == (1, "", absent)
+    assert run_json(*RERANK, "--skip-bad")["without_text"] == 1
+    assert order("out/run.trec") == {"q1": ["d2", "d1", "d3"], "q2": ["d4"]}
+    assert "1 candidates without a text were dropped" in run(*RERANK, "--skip-bad").stdout
     write_jsonl("queries.jsonl", QUERIES[:1])
-    assert whole(*RERANK) == (1, "", "whyrank: 1 queries of the run have no text, the first is 'q2'\n")
+    absent = f"whyrank: 1 of the run's 2 queries are not in queries.jsonl, the first is 'q2': {advice}\n"
+    assert whole(*RERANK) == (1, "", absent)
+    # One of q2's lines is left, which is not to be judged.
+    write_jsonl("queries.jsonl", QUERIES)
+    write_jsonl("docs.jsonl", [document for document in DOCUMENTS if document.doc_id != "d4"])
+    assert run_json(*RERANK[:-1], "few", "--skip-bad", "--top-k", "1")["without_text"] == 1
+    assert order("few/run.trec") == {"q1": ["d1", "d3", "d2"], "q2": ["d5"]}
+    write_jsonl("docs.jsonl", [Document("x", "another collection")])
+    assert "is it of the same collection?" in whole(*RERANK, "--skip-bad")[2]
+    write_jsonl("docs.jsonl", DOCUMENTS)
+    write_jsonl("queries.jsonl", QUERIES[:1])
+    # Both lines of q2.
+    assert run_json(*RERANK, "--skip-bad")["without_text"] == 2
+    assert order("out/run.trec") == {"q1": ["d2", "d1", "d3"]}
 
 
 @pytest.mark.usefixtures("here")

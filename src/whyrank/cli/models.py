@@ -252,7 +252,8 @@ def rerank(
     """Put candidates in a better order, with the reasons.
 
     With --run, writes run.trec, judgments.jsonl and manifest.json into -o; stopped at any moment, the same command
-    continues where it was. With --query, prints a readable ranking.
+    continues where it was. Candidates without a text are an error; --skip-bad drops and counts them. With --query,
+    prints a readable ranking.
 
     \b
     Examples:

@@ -76,6 +76,8 @@ def print_reranked(done: Reranked) -> None:
         screen.print(f"{done.num_excluded} excluded documents were left out")
     if done.num_bad_lines:
         screen.print(f"{done.num_bad_lines} malformed lines were passed over")
+    if done.num_without_text:
+        screen.print(f"{done.num_without_text} candidates without a text were dropped")
     tokens = counts.num_completion_tokens / max(1, counts.num_new)
     speed = counts.num_new / done.seconds if done.seconds else 0.0
     screen.print(f"{speed:.1f} documents per second, {tokens:.1f} tokens written per document")

@@ -29,6 +29,7 @@ class Candidates:
     """What is to be ranked: queries in order, the documents to be judged, and their first-stage lines.
 
     `tails` holds the lines of a query that are not judged; they stay below the others, as they stood.
+    `num_without_text` counts the lines that were dropped because query or document has no text.
     """
 
     queries: tuple[Query, ...]
@@ -37,6 +38,7 @@ class Candidates:
     num_excluded: int
     num_bad_lines: int
     tails: Mapping[str, Sequence[ScoredDocument]] = field(default_factory=dict)
+    num_without_text: int = 0
 
     @property
     def num_pairs(self) -> int:
@@ -67,29 +69,14 @@ def read_candidates(
         excluded: documents never to be ranked, per query; those that the queries name themselves are left out too.
         top_k: judge only the first so many of each query; the others become the tails.
         limit: only the first so many queries.
-        skip_bad: count malformed lines and pass over them.
+        skip_bad: count malformed lines and pass over them; also candidates without a text.
         fields: names of `doc_id`, `text` and `title` in the corpus.
 
     Raises:
         InputError: a text is missing, a file cannot be read, or `fields` are given for a RankGPT file.
     """
     bad = BadLines() if skip_bad else None
-    if corpus is None and fields:
-        raise InputError("--field names fields of --corpus; the fields of a RankGPT file are fixed")
-    if corpus is None and queries is None:
-        try:
-            asked, texts, lines = read_rankgpt(run, bad=bad)
-        except InputError as cause:
-            raise InputError(f"{cause}\nAny other run needs its texts: give --corpus and --queries") from cause
-        documents = {document.doc_id: document for document in texts}
-    elif corpus is None or queries is None:
-        raise InputError("--corpus and --queries go together; only a RankGPT file carries both itself")
-    else:
-        lines = read_run(run, bad=bad)
-        asked = list(read_queries(queries, bad=bad))
-        wanted = {line.doc_id for ranked in lines.values() for line in ranked}
-        found = (document for document in read_corpus(corpus, bad=bad, fields=fields) if document.doc_id in wanted)
-        documents = {document.doc_id: document for document in found}
+    asked, documents, lines = _read_texts(run, corpus, queries, bad, fields)
     chosen = tuple(islice((query for query in asked if query.query_id in lines), limit))
     if not chosen:
         raise InputError(f"no query of {queries or run} is in the run {run}: are they of the same collection?")
@@ -98,10 +85,36 @@ def read_candidates(
         chosen,
         read_excluded(excluded, bad=bad) if excluded else {},
     )
-    judged = {query_id: ranked[:top_k] for query_id, ranked in kept.items()}
+    judged: Run = {query_id: ranked[:top_k] for query_id, ranked in kept.items()}
     tails = {query_id: ranked[len(judged[query_id]) :] for query_id, ranked in kept.items()}
-    _check_texts(judged, lines, asked, documents, corpus or run)
-    return Candidates(chosen, documents, judged, num_excluded, bad.count if bad else 0, tails)
+    num_without_text = 0
+    if skip_bad:
+        judged, num_without_text = _without_missing(judged, lines, asked, documents)
+        if num_without_text and not any(judged.values()):
+            raise InputError(f"none of the candidates of {run} has a text in {corpus}: is it of the same collection?")
+    else:
+        _check_texts(judged, lines, asked, documents, queries or run, corpus or run)
+    return Candidates(chosen, documents, judged, num_excluded, bad.count if bad else 0, tails, num_without_text)
+
+
+def _read_texts(
+    run: Path, corpus: Path | None, queries: Path | None, bad: BadLines | None, fields: Mapping[str, str] | None
+) -> tuple[Sequence[Query], dict[str, Document], Run]:
+    if corpus is None and fields:
+        raise InputError("--field names fields of --corpus; the fields of a RankGPT file are fixed")
+    if corpus is None and queries is None:
+        try:
+            asked, texts, lines = read_rankgpt(run, bad=bad)
+        except InputError as cause:
+            raise InputError(f"{cause}\nAny other run needs its texts: give --corpus and --queries") from cause
+        return asked, {document.doc_id: document for document in texts}, lines
+    if corpus is None or queries is None:
+        raise InputError("--corpus and --queries go together; only a RankGPT file carries both itself")
+    lines = read_run(run, bad=bad)
+    asked = list(read_queries(queries, bad=bad))
+    wanted = {line.doc_id for ranked in lines.values() for line in ranked}
+    found = (document for document in read_corpus(corpus, bad=bad, fields=fields) if document.doc_id in wanted)
+    return asked, {document.doc_id: document for document in found}, lines
 
 
 def _without_excluded(run: Run, queries: Sequence[Query], more: Mapping[str, set[str]]) -> tuple[Run, int]:
@@ -114,14 +127,42 @@ def _without_excluded(run: Run, queries: Sequence[Query], more: Mapping[str, set
 
 
 def _check_texts(
-    kept: Run, run: Run, queries: Sequence[Query], documents: Mapping[str, Document], source: Path
+    judged: Run,
+    run: Run,
+    asked: Sequence[Query],
+    documents: Mapping[str, Document],
+    queries: Path,
+    corpus: Path,
 ) -> None:
-    without_text = sorted(set(run) - {query.query_id for query in queries})
-    if without_text:
-        raise InputError(f"{len(without_text)} queries of the run have no text, the first is {without_text[0]!r}")
-    absent = sorted({line.doc_id for ranked in kept.values() for line in ranked if line.doc_id not in documents})
+    advice = "give the file that the run was made from, or pass --skip-bad to drop and count such candidates"
+    known = {query.query_id for query in asked}
+    unknown = [query_id for query_id in run if query_id not in known]
+    if unknown:
+        raise InputError(
+            f"{len(unknown)} of the run's {len(run)} queries are not in {queries}, the first is {unknown[0]!r}: "
+            f"{advice}"
+        )
+    wanted = dict.fromkeys(line.doc_id for ranked in judged.values() for line in ranked)
+    absent = [doc_id for doc_id in wanted if doc_id not in documents]
     if absent:
-        raise InputError(f"{len(absent)} documents of the run are not in {source}, the first is {absent[0]!r}")
+        raise InputError(
+            f"{len(absent)} of the {len(wanted)} documents to be judged are not in {corpus}, the first is "
+            f"{absent[0]!r}: {advice}"
+        )
+
+
+def _without_missing(
+    judged: Run, run: Run, asked: Sequence[Query], documents: Mapping[str, Document]
+) -> tuple[Run, int]:
+    """The lines whose document has a text, and how many of the run's lines lack that of document or query."""
+    known = {query.query_id for query in asked}
+    num_dropped = sum(len(ranked) for query_id, ranked in run.items() if query_id not in known)
+    kept: dict[str, list[ScoredDocument]] = {}
+    for query_id, ranked in judged.items():
+        left = [line for line in ranked if line.doc_id in documents]
+        kept[query_id] = [replace(line, rank=rank) for rank, line in enumerate(left, start=1)]
+        num_dropped += len(ranked) - len(left)
+    return kept, num_dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +175,7 @@ class Reranked:
     counts: JudgingCounts
     num_excluded: int
     num_bad_lines: int
+    num_without_text: int
     seconds: float
 
     @property
@@ -150,6 +192,7 @@ class Reranked:
             "queries": self.num_queries,
             "excluded": self.num_excluded,
             "bad_lines": self.num_bad_lines,
+            "without_text": self.num_without_text,
             "counts": counts,
             "seconds": self.seconds,
         }
@@ -174,14 +217,10 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
                 manifest.write(out)
             judgments[judgment.query_id][judgment.doc_id] = judgment
             progress.advance()
-    rankings = [
-        reranker.arrange(query, candidates.documents, candidates.run[query.query_id], judgments[query.query_id])
-        for query in candidates.queries
-        if candidates.run[query.query_id]
-    ]
     lines = {
-        ranking.query_id: _with_tail(ranking.to_run(), candidates.tails.get(ranking.query_id, ()))
-        for ranking in rankings
+        query.query_id: found
+        for query in candidates.queries
+        if (found := _lines_of(query, candidates, reranker, judgments[query.query_id]))
     }
     # TREC's columns cannot hold an id with a blank in it; such a run is written as JSON.
     ids = chain(lines, (line.doc_id for ranked in lines.values() for line in ranked))
@@ -195,14 +234,19 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
         counts=counts,
         num_excluded=candidates.num_excluded,
         num_bad_lines=candidates.num_bad_lines,
+        num_without_text=candidates.num_without_text,
         seconds=round(time.perf_counter() - start, 3),
     )
     manifest.finished(start, counts={**counts.to_counts(), "num_queries": outcome.num_queries}).write(out)
     return outcome
 
 
-def _with_tail(judged: Sequence[ScoredDocument], tail: Sequence[ScoredDocument]) -> list[ScoredDocument]:
+def _lines_of(
+    query: Query, candidates: Candidates, reranker: Reranker, judgments: Mapping[str, Judgment]
+) -> list[ScoredDocument]:
     """The judged lines, and below them the others in first-stage order, each with a score of its own."""
-    rank, lowest = len(judged), min(line.score for line in judged)
-    below = [replace(line, rank=rank + i, score=lowest - i) for i, line in enumerate(tail, start=1)]
-    return [*judged, *below]
+    first = candidates.run[query.query_id]
+    judged = reranker.arrange(query, candidates.documents, first, judgments).to_run() if first else []
+    rank, lowest = len(judged), min((line.score for line in judged), default=0.0)
+    tail = candidates.tails.get(query.query_id, ())
+    return [*judged, *(replace(line, rank=rank + i, score=lowest - i) for i, line in enumerate(tail, start=1))]
