@@ -167,6 +167,36 @@ def test_reading_undoes_escaping(templates: tuple[Template, ...], why: str) -> N
         assert template.read_explanation(template.escape(why)) == why.strip()
 
 
+# Marks that overlap themselves or each other, or hold each other.
+OVERLAPPING = (
+    AnswerWords(separator="\n###\n", thinking=("", "")),
+    AnswerWords(separator="==", label_prompt="", thinking=("aa", "aba")),
+    AnswerWords(separator="aba", thinking=("==", "=a=")),
+    AnswerWords(separator="ab", label_prompt="", thinking=("#a#", "#a#a#")),
+    AnswerWords(separator="x</a>", label_prompt="", thinking=("<a>", "</a>")),
+)
+
+
+@pytest.mark.parametrize("words", OVERLAPPING, ids=lambda words: words.separator.strip())
+@given(why=st.text("ab#=\\\n </>x", max_size=12), label=st.sampled_from(["0", "1", "2"]))
+@example(why="####", label="0")
+@example(why="a\\aaa\\\\a", label="1")
+def test_the_laws_hold_for_marks_that_overlap(words: AnswerWords, why: str, label: str) -> None:
+    template = Template(name="t", prompt=PromptWords(task="t"), answer_words=words)
+    escaped = template.escape(why)
+    assert template.unescape(escaped) == why
+    for mark in (words.separator.strip(), *filter(None, words.thinking)):
+        assert mark not in escaped
+    assert template.parse(template.answer(label, why)) == (label, why)
+
+
+def test_one_mark_is_escaped_as_ever() -> None:
+    # One backslash behind the first character; others inside are text. Judgments on disk rest on it.
+    template = Template.load("explain-0-2")
+    assert template.escape("a <think> b <\\/think>") == "a <\\think> b <\\\\/think>"
+    assert template.unescape("a <\\think> b <\\\\/think> <x>") == "a <think> b <\\/think> <x>"
+
+
 @given(why=NASTY)
 def test_no_stop_fires_inside_an_escaped_explanation(why: str) -> None:
     # Otherwise a student that has learnt to quote a label line would be cut there at ranking time.
@@ -298,6 +328,14 @@ def test_unknown_keys_are_refused_by_file_and_name(tmp_path: Path) -> None:
         ('separator = "\\n</think>"', "separator = '\\n'", "cannot hold a backslash"),
         ('label_prompt = ""', 'label_prompt = "=>"', "expected words in label_prompt"),
         ('terminator = ""', 'terminator = ""\nthinking = ["<think>", ""]', "both thinking tags or none"),
+        ('separator = "\\n</think>"', 'separator = "#"', "at least two characters to be told from text, found #, </"),
+        ('terminator = ""', 'terminator = ""\nthinking = ["aa", "a"]', "at least two characters"),
+        # The text "[/t" and the separator would be the tag "[/t]".
+        (
+            'separator = "\\n</think>"',
+            'separator = "]]"\nthinking = ["[t]", "[/t]"]',
+            "text and separator together could spell",
+        ),
         ("name =", "name", "expected TOML"),
     ],
 )

@@ -16,7 +16,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -160,6 +160,14 @@ class Template:
             raise InputError(f"template {self.name!r}: give both thinking tags or none, found {words.thinking}")
         if any("\\" in mark for mark in (*words.thinking, words.separator)):
             raise InputError(f"template {self.name!r}: separator and thinking tags cannot hold a backslash, the escape")
+        if any(len(mark) == 1 for mark in self._protected):  # a backslash has no place inside
+            raise InputError(
+                f"template {self.name!r}: a separator and a thinking tag need at least two characters to be told from "
+                f"text, found {', '.join(self._protected)}"
+            )
+        ending = "" if self._is_thinking_the_explanation else self.label_prompt("explain")
+        if any(ending.startswith(tag[start:]) for tag in words.thinking for start in range(1, len(tag))):
+            raise InputError(f"template {self.name!r}: text and separator together could spell one of {words.thinking}")
 
     # ---- loading and identity -------------------------------------------------------------------------------
 
@@ -390,11 +398,19 @@ class Template:
     def _label_lines(self) -> LabelLines:
         return LabelLines(self.answer_words.label_prompt, self.scale.labels, self.answer_words.terminator)
 
+    @property
+    def _protected(self) -> list[str]:
+        return sorted({*self.answer_words.thinking, self.answer_words.separator.strip()} - {""})
+
     @cached_property
     def _marks(self) -> re.Pattern[str]:
-        protected = sorted({*self.answer_words.thinking, self.answer_words.separator.strip()} - {""})
-        forms = (rf"({re.escape(mark[0])})(\\*+)({re.escape(mark[1:])})" for mark in protected)
-        return re.compile("|".join(forms) or r"(?!)")
+        """Behind the first character of every mark, whatever backslashes stand inside it; takes the first of them.
+
+        Only that place is matched and not the mark, so that marks may overlap (`###` in `####`); and because
+        backslashes inside do not count, the same places are found before and after escaping.
+        """
+        places = "|".join(map(_behind_first, self._protected)) or "(?!)"
+        return re.compile(rf"(?:{places})\\?")
 
     def escape(self, why: str) -> str:
         """Make everything in `why` harmless that could be mistaken for the answer's structure.
@@ -402,13 +418,13 @@ class Template:
         A label line gets a backslash before it, a thinking tag or a separator one after its first character, so
         that the escaped text holds neither a label line nor a stop.
         """
-        marked = self._marks.sub(lambda match: _spread(match, lambda slashes: slashes + "\\"), why)
+        marked = self._marks.sub(lambda match: f"\\{match[0]}", why)
         return self._label_lines.escape(marked)
 
     def unescape(self, text: str) -> str:
         """Undo `escape`; text that was never escaped is left as it is."""
         plain = self._label_lines.unescape(text)
-        return self._marks.sub(lambda match: _spread(match, lambda slashes: slashes[1:]), plain)
+        return self._marks.sub("", plain)
 
 
 _ADAPTER: TypeAdapter[Template] = TypeAdapter(Template)
@@ -418,9 +434,9 @@ def _writable(text: str) -> str:
     return LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def _spread(match: re.Match[str], change: Callable[[str], str]) -> str:
-    first, slashes, rest = (group for group in match.groups() if group is not None)
-    return first + change(slashes) + rest
+def _behind_first(mark: str) -> str:
+    rest = "".join(rf"\\*+{re.escape(character)}" for character in mark[1:])
+    return f"(?<={re.escape(mark[0])})(?={rest})"
 
 
 def cut_end(text: str, max_tokens: int, tokens: TextTokens) -> int:
