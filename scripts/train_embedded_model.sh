@@ -22,4 +22,5 @@ done
 mkdir -p "$target"
 cp "$work"/model/{config.json,generation_config.json,model.safetensors,tokenizer.json,tokenizer_config.json,whyrank.json} \
   "$work/model/chat_template.jinja" "$target/"
-cp "$work/model/log.jsonl" "$target/training-log.jsonl"
+mkdir -p results/embedded-model
+cp "$work/model/log.jsonl" results/embedded-model/training-log.jsonl

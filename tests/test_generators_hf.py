@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -286,13 +287,7 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_models_that_cannot_write_are_refused_by_name(tmp_path: Path) -> None:
     """A classifier's body would load with a random head and rank at random."""
-    shape = {
-        "vocab_size": 8,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "intermediate_size": 8,
-    }
+    shape: dict[str, Any] = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     LlamaForSequenceClassification(LlamaConfig(**shape, pad_token_id=0)).save_pretrained(tmp_path / "classifier")
     with pytest.raises(UnsupportedModel, match="LlamaForSequenceClassification cannot continue a text"):
         load_model(tmp_path / "classifier", torch.device("cpu"), torch.float32)

@@ -51,7 +51,7 @@ class Canned:
 
 
 def judged(completion: Completion, template: Template = TEMPLATE) -> Judgment:
-    (judgment,) = Judge(template, Canned(lambda _: completion)).judge([(QUERY, DOCUMENT)])
+    ((_, judgment),) = Judge(template, Canned(lambda _: completion)).judge([(QUERY, DOCUMENT)])
     return judgment
 
 
@@ -186,7 +186,7 @@ def label_in_text(text: str) -> Completion:
 
 def test_answers_out_of_order_find_their_pairs() -> None:
     judge = Judge(TEMPLATE, Canned(label_in_text, window=3))
-    found = list(judge.judge(pairs("a0", "b1", "c2", "d1", "e0")))
+    found = [judgment for _, judgment in judge.judge(pairs("a0", "b1", "c2", "d1", "e0"))]
     assert [(judgment.doc_id, judgment.label) for judgment in found] == [
         ("d2", "2"),
         ("d1", "1"),
@@ -221,7 +221,7 @@ class Forgetful(Canned):
 
 def test_a_generator_that_loses_requests_is_found_out() -> None:
     judgments = Judge(TEMPLATE, Forgetful(sure)).judge(pairs("a", "b", "c", "d"))
-    assert [next(judgments).doc_id, next(judgments).doc_id] == ["d0", "d2"]
+    assert [next(judgments)[1].doc_id, next(judgments)[1].doc_id] == ["d0", "d2"]
     with pytest.raises(GenerationError, match="canned gave no completion for 2 of its requests"):
         next(judgments)
 

@@ -207,6 +207,38 @@ def test_rank_many_keeps_the_order_of_jobs(window: int) -> None:
     assert [ranking.results for ranking in rankings] == [ranking.results for ranking in alone]
 
 
+def test_rank_many_tells_pairs_of_the_same_ids_apart() -> None:
+    """Two jobs with the same query id and document id, answered in reverse: each keeps its own judgment."""
+    line = [ScoredDocument("q", "d", 1, 0.0)]
+    jobs = [
+        (Query("q", QUERY), [Document("d", TEXTS[1])], line),
+        (Query("q", QUERY), [Document("d", TEXTS[0])], line),
+    ]
+    rankings = list(Reranker.of(TEMPLATE, Backwards(2)).rank_many(jobs))
+    alone = [overlap().rank(query, documents) for query, documents, _ in jobs]
+    assert alone[0][0].label != alone[1][0].label
+    assert [ranking[0] for ranking in rankings] == [ranking[0] for ranking in alone]
+
+
+def test_documents_that_the_query_excludes_are_left_out() -> None:
+    query, documents, lines = job(0)
+    banned = replace(query, excluded_doc_ids=("d1", "unheard of"))
+    assert [result.id for result in overlap().rank(banned, documents)] == ["d3", "d2", "d0"]
+    (ranking,) = overlap().rank_many([(banned, documents, lines)])
+    assert [result.id for result in ranking] == ["d3", "d2", "d0"]
+
+
+def test_words_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(InputError, match="expected on_unparsed among first_stage, last, error, found 'lasst'"):
+        Reranker.of(TEMPLATE, Overlap(), on_unparsed="lasst")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected mode among explain, direct, found 'expalin'"):
+        Reranker.of(TEMPLATE, Overlap(), mode="expalin")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected finite first-stage scores, found nan"):
+        Reranker.of(TEMPLATE, Overlap(), fuse="zscore:0.5").rank(
+            QUERY, TEXTS[:2], first_stage_scores=[1.0, float("nan")]
+        )
+
+
 def test_rank_many_yields_a_ranking_as_soon_as_it_is_complete() -> None:
     generator = Backwards(1)
     rankings = Reranker.of(TEMPLATE, generator).rank_many(job(number) for number in range(100))
@@ -264,7 +296,13 @@ def test_load_checkpoint_that_whyrank_did_not_train(tmp_path: Path) -> None:
     folder = save_checkpoint("llama", tmp_path / "model")
     options = ModelOptions(device="cpu", batch_size=2)
     reranker = Reranker.load(folder, max_explanation_tokens=4, options=options)
-    assert (reranker.judge.generator.name, reranker.judge.template.name) == (str(folder), "explain-0-2")
+    assert reranker.judge.template.name == "explain-0-2"
+    name, _, digest = reranker.judge.generator.name.partition("@")
+    assert (name, len(digest)) == (str(folder), 8)
+    retrained = save_checkpoint("llama", tmp_path / "model", seed=1)
+    renamed = Reranker.load(retrained, max_explanation_tokens=4, options=options).judge.generator.name
+    assert renamed.partition("@")[0] == name
+    assert renamed != reranker.judge.generator.name, "other weights at the same place must not pass for the same model"
     ranking = reranker.rank("why", ["fox", "quick"])
     assert sorted(result.id for result in ranking) == ["0", "1"]
     assert all(sum(result.judgment.probs or ()) == pytest.approx(1.0) for result in ranking)

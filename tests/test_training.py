@@ -77,7 +77,7 @@ def judgments(taught: Mapping[tuple[str, str], tuple[str, str]] = TAUGHT) -> lis
         else ScriptedAnswer(query.text, document.full_text, answer=why)
         for (query, document), (label, why) in zip(pairs, taught.values(), strict=True)
     ]
-    found = list(Judge(ALMANAC, Scripted(answers)).judge(pairs))
+    found = [judgment for _, judgment in Judge(ALMANAC, Scripted(answers)).judge(pairs)]
     # The scripted teacher stops at a label line; a teacher that escapes it may go on.
     return [
         replace(judgment, explanation=taught[(judgment.query_id, judgment.doc_id)][1] if judgment.label else "")

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 from whyrank.errors import GenerationError, InputError
 from whyrank.generators import Completion, Generator, Sampling
@@ -41,14 +42,18 @@ class Judge:
     sampling: Sampling | None = None
     instruction: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise InputError(f"expected mode among {', '.join(get_args(Mode))}, found {self.mode!r}")
+
     def key(self, query: Query, document: Document) -> str:
         """Content address of a judgment: everything that can change it, and nothing else."""
         drawn = self.sampling or Sampling(max_tokens=self.template.limits.max_explanation_tokens)
         how = json.dumps([self.mode, asdict(drawn), self.instruction], sort_keys=True)
         return content_key(self.template.version, self.generator.name, how, query.text, document.full_text)
 
-    def judge(self, pairs: Iterable[tuple[Query, Document]]) -> Iterator[Judgment]:
-        """Yield one judgment per pair as soon as it is ready, in any order. `pairs` is read as a stream.
+    def judge(self, pairs: Iterable[tuple[Query, Document]]) -> Iterator[tuple[int, Judgment]]:
+        """Yield `(index of the pair, judgment)` as soon as each is ready, in any order. `pairs` is read as a stream.
 
         At the end, a warning says how many queries were longer than the template's limit and had to be cut.
 
@@ -75,7 +80,7 @@ class Judge:
             query, document, rendered = under_way.pop(index)
             if rendered.is_query_cut:
                 cut_queries.add(query.query_id)
-            yield self._read(query, document, rendered, completion)
+            yield index, self._read(query, document, rendered, completion)
         if cut_queries:
             log.warning(
                 "%d queries were cut to max_query_tokens (%d) of template %s",
@@ -191,8 +196,8 @@ def judge_into(
     """Judge every pair that `path` does not hold yet, append each judgment as it comes, and yield all of them.
 
     Judgments already in the file come first. Failed ones (`error`) are dropped and tried again; a pair whose texts
-    were judged under other ids is copied, not computed; a pair that comes twice is judged and yielded once. After a
-    kill nothing is lost and nothing doubled.
+    have been judged under other ids by the time its turn comes is copied, not computed; a pair that comes twice is
+    judged and yielded once. After a kill nothing is lost and nothing doubled.
 
     Raises:
         InputError: another process is writing the file, it holds something else than judgments, or it holds a
@@ -202,12 +207,18 @@ def judge_into(
         counts.num_torn_bytes = appender.num_torn_bytes
         found = list(appender.existing())
         kept = [judgment for judgment in found if judgment.status != "error"]
-        if len(kept) < len(found):
-            appender.rewrite(kept)
         known = {(judgment.query_id, judgment.doc_id): judgment for judgment in kept}
         by_key = {judgment.key: judgment for judgment in kept}
         reused: deque[Judgment] = deque()
         seen: dict[tuple[str, str], str] = {}
+
+        def append(judgment: Judgment) -> None:
+            if len(kept) < len(found):  # only now: a job that is refused must leave the file as it is
+                appender.rewrite(kept)
+                found.clear()
+                kept.clear()
+            appender.append(judgment)
+            by_key[judgment.key] = judgment
 
         def missing() -> Iterator[tuple[Query, Document]]:
             for query, document in pairs:
@@ -227,15 +238,15 @@ def judge_into(
                     )
                 if here is None and key in by_key:
                     here = replace(by_key[key], query_id=query.query_id, doc_id=document.doc_id)
-                    appender.append(here)
+                    append(here)
                 if here is None:
                     yield query, document
                 else:
                     reused.append(here)
 
-        for judgment in judge.judge(missing()):
+        for _, judgment in judge.judge(missing()):
             yield from _drain(reused, counts)
-            appender.append(judgment)
+            append(judgment)
             counts.add(judgment, is_new=True)
             yield judgment
         yield from _drain(reused, counts)

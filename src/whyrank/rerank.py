@@ -8,11 +8,12 @@ for result in Reranker.load().rank("Why do my leaves turn yellow?", documents, t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
-from typing import overload
+from typing import get_args, overload
 
 from whyrank.errors import InputError
 from whyrank.generators import Generator, Sampling
@@ -86,6 +87,12 @@ class Reranker:
     fuse: Fuse = Fuse()
     on_unparsed: OnUnparsed = "first_stage"
 
+    def __post_init__(self) -> None:
+        if self.on_unparsed not in get_args(OnUnparsed):
+            raise InputError(
+                f"expected on_unparsed among {', '.join(get_args(OnUnparsed))}, found {self.on_unparsed!r}"
+            )
+
     @classmethod
     def load(
         cls,
@@ -150,7 +157,8 @@ class Reranker:
     ) -> Ranking:
         """Rank the documents of one query, best first.
 
-        The order in which documents are given is the first-stage order: it breaks ties and fills gaps.
+        The order in which documents are given is the first-stage order: it breaks ties and fills gaps. Documents
+        that the query excludes are left out.
 
         Args:
             query: text or record.
@@ -164,6 +172,8 @@ class Reranker:
             InputError: no documents, an id twice, or scores that are not one for each document.
         """
         asked = query if isinstance(query, Query) else Query("query", query)
+        if not isinstance(asked.text, str) or not asked.text.strip():
+            raise InputError(f"expected a query with text, found {asked.text!r}")
         if top_k is not None and top_k < 1:
             raise InputError(f"expected top_k of at least 1, found {top_k}")
         records = _read_documents(documents, fields or {})
@@ -181,10 +191,11 @@ class Reranker:
             ScoredDocument(asked.query_id, document.doc_id, index + 1, float(score))
             for index, (document, score) in enumerate(zip(records, first_stage_scores, strict=True))
         ]
+        _check_ids(asked, records, candidates)
+        records, candidates = _without_excluded(asked, records, candidates)
         by_id = {document.doc_id: document for document in records}
-        _check_ids(asked, records, candidates, by_id)
         judgments: dict[str, Judgment] = {}
-        for judgment in self.judge.judge((asked, document) for document in records):
+        for _, judgment in self.judge.judge((asked, document) for document in records):
             judgments[judgment.doc_id] = judgment
             if on_judgment:
                 on_judgment(judgment)
@@ -202,23 +213,25 @@ class Reranker:
             jobs: query, its documents, and the first-stage lines for the same documents.
         """
         waiting: dict[int, tuple[Query, dict[str, Document], Sequence[ScoredDocument], dict[str, Judgment]]] = {}
-        owners: dict[tuple[str, str], list[int]] = {}
+        owners: dict[int, int] = {}  # from the index of a pair to the number of its job
 
         def pairs() -> Iterator[tuple[Query, Document]]:
+            index = 0
             for number, (query, documents, candidates) in enumerate(jobs):
-                by_id = {document.doc_id: document for document in documents}
-                _check_ids(query, documents, candidates, by_id)
-                waiting[number] = (query, by_id, candidates, {})
-                for document in documents:
-                    owners.setdefault((query.query_id, document.doc_id), []).append(number)
+                _check_ids(query, documents, candidates)
+                kept, lines = _without_excluded(query, documents, candidates)
+                waiting[number] = (query, {document.doc_id: document for document in kept}, lines, {})
+                for document in kept:
+                    owners[index] = number
+                    index += 1
                     yield query, document
 
         next_number = 0
         # The empty round after the last judgment is for jobs without documents, which no judgment completes.
-        for judgment in chain(self.judge.judge(pairs()), [None]):
-            if judgment is not None:
-                number = owners[(judgment.query_id, judgment.doc_id)].pop(0)
-                waiting[number][3][judgment.doc_id] = judgment
+        for judged in chain(self.judge.judge(pairs()), [None]):
+            if judged is not None:
+                index, judgment = judged
+                waiting[owners.pop(index)][3][judgment.doc_id] = judgment
             while next_number in waiting and len(waiting[next_number][3]) == len(waiting[next_number][1]):
                 yield self.arrange(*waiting.pop(next_number))
                 next_number += 1
@@ -261,14 +274,27 @@ def _check_ids(
     query: Query,
     documents: Sequence[Document],
     candidates: Sequence[ScoredDocument],
-    by_id: Mapping[str, Document],
 ) -> None:
-    if len(by_id) < len(documents):
+    known = {document.doc_id for document in documents}
+    if len(known) < len(documents):
         ids = sorted(document.doc_id for document in documents)
         twice = next(doc_id for doc_id, group in groupby(ids) if len(list(group)) > 1)
         raise InputError(f"query {query.query_id}: document id {twice!r} is there twice; ids must be different")
-    if {candidate.doc_id for candidate in candidates} != set(by_id):
+    if {candidate.doc_id for candidate in candidates} != known:
         raise InputError(f"query {query.query_id}: candidates and documents must have the same ids")
+    strange = next((line for line in candidates if not math.isfinite(line.score)), None)
+    if strange is not None:
+        raise InputError(f"query {query.query_id}: expected finite first-stage scores, found {strange.score}")
+
+
+def _without_excluded(
+    query: Query, documents: Sequence[Document], candidates: Sequence[ScoredDocument]
+) -> tuple[list[Document], list[ScoredDocument]]:
+    banned = set(query.excluded_doc_ids)
+    return (
+        [document for document in documents if document.doc_id not in banned],
+        [candidate for candidate in candidates if candidate.doc_id not in banned],
+    )
 
 
 def _read_documents(documents: Iterable[DocumentLike], fields: Mapping[str, str]) -> list[Document]:

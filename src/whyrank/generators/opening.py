@@ -6,7 +6,7 @@ The only place that knows all backends; each is imported when it is asked for.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from whyrank.checkpoint import CARD_NAME, Card, read_card
 from whyrank.errors import InputError, require
 from whyrank.generators import Generator
 from whyrank.records import Mode
+from whyrank.store import sha256_file
 from whyrank.template import Template
 
 __all__ = ["DEFAULT_TEMPLATE", "ModelOptions", "open_model"]
@@ -99,7 +100,11 @@ def open_model(
     if kind == "scripted" and rest:
         from whyrank.generators.scripted import Scripted
 
-        return Scripted.from_file(Path(rest)), template or Template.load(DEFAULT_TEMPLATE)
+        path = Path(rest)
+        name = f"scripted:{path.name}@{sha256_file(path)[:8]}" if path.is_file() else "scripted"
+        return Scripted.from_file(path, name=name), template or Template.load(DEFAULT_TEMPLATE)
+    if kind in ("scripted", "endpoint"):
+        raise InputError(f"expected scripted:FILE or endpoint:URL#MODEL, found {str(spec)!r}")
     if str(spec) == "overlap":
         from whyrank.generators.overlap import Overlap
 
@@ -120,25 +125,36 @@ def _open_hf(
     for module in ("torch", "transformers"):
         require(module, "hf")
     from whyrank.generators.hf import HfGenerator
+    from whyrank.generators.hf.load import weights_digest
 
     generator = HfGenerator.load(
-        model, device=options.device, dtype=options.dtype, batch_size=options.batch_size, name=name
+        model, device=options.device, dtype=options.dtype, batch_size=options.batch_size, name=name.rstrip("/")
     )
-    card = _find_card(model)
+    # Judgments are found again by the model's name: it has to change when the weights do.
+    generator = replace(generator, name=f"{generator.name}@{weights_digest(generator.model)}")
+    card = _find_card(model, is_template_given=template is not None)
     if card is None:
         return generator, template or Template.load(DEFAULT_TEMPLATE)
     card.check(mode=mode, template=template, label_tokens=generator.tokens.label_tokens(card.template))
     return generator, template or card.template
 
 
-def _find_card(model: str | Path) -> Card | None:
-    """The card in a folder or a hub repository; `None` if the checkpoint was not trained by whyrank."""
+def _find_card(model: str | Path, *, is_template_given: bool) -> Card | None:
+    """The card in a folder or a hub repository; `None` if the checkpoint was not trained by whyrank.
+
+    Raises:
+        InputError: the hub cannot be asked, and the caller named no template either.
+    """
     from transformers.utils.hub import cached_file
 
-    found = cached_file(
-        str(model),
-        CARD_NAME,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        found = cached_file(str(model), CARD_NAME, _raise_exceptions_for_missing_entries=False)
+    except OSError as cause:
+        if is_template_given:
+            log.warning("the hub cannot be asked whether %s has a %s; using the template given", model, CARD_NAME)
+            return None
+        raise InputError(
+            f"the hub cannot be asked whether {model} has a {CARD_NAME} with its own template; go online once, or name "
+            "a template with --template"
+        ) from cause
     return read_card(found) if found is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "load_tokenizer",
     "resolve_device",
     "resolve_dtype",
+    "weights_digest",
     "without_progress_bars",
 ]
 
@@ -107,6 +109,17 @@ def load_model(model: str | Path, device: torch.device, dtype: torch.dtype) -> P
     torch.nn.Module.train(loaded, False)
     torch.nn.Module.to(loaded, device)
     return cast(PreTrainedModel, loaded)
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Eight digits that change with the weights: a digest of 64 values of every tensor, spread over its length."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        places = torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(flat[places].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 @contextmanager
