@@ -16,6 +16,8 @@ __all__ = ["LabelLines"]
 
 LINE_START = r"(?:[^\S\n]|[*_#>`~|+•-])*+"  # Markdown that may open a line
 MARK = r"[\s*_#`]*+"  # Markdown around a label is not part of it
+AROUND = frozenset({"", "[]", "<>", "()", '""', "''", "\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"})
+"""What may stand around a label: prompts show its place in brackets, and models copy them."""
 LONGEST = 200  # characters of a label line; bounds the work on hostile text
 
 
@@ -56,18 +58,23 @@ class LabelLines:
         colon = ":" if ":" in self.label_prompt else ":?"
         labels = "|".join(re.escape(label) for label in sorted(self.label_of_folded, key=len, reverse=True))
         terminator = re.escape(_folded(self.terminator).strip())
-        return re.compile(rf"{beginning}{MARK}{colon}{MARK}(?P<label>{labels}){MARK}(?:{terminator})?\.?{MARK}")
+        # Brackets lazily, so that a label which holds some itself is found whole.
+        opening, closing = (f"[{re.escape(''.join(pair[side:][:1] for pair in sorted(AROUND)))}]??" for side in (0, 1))
+        label = f"(?P<opening>{opening})(?P<label>{labels})(?P<closing>{closing})"
+        return re.compile(rf"{beginning}{MARK}{colon}{MARK}{label}{MARK}(?:{terminator})?\.?{MARK}")
 
     def _is_begun_at(self, match: re.Match[str]) -> bool:
         line = match.string[match.end() : match.end() + LONGEST].partition("\n")[0]
         return self._beginning is not None and self._beginning.match(_folded(line)) is not None
 
     def label_on(self, line: str) -> str | None:
-        """The label that `line` states and nothing else, or `None`."""
+        """The label that `line` states and nothing else, or `None`; brackets or quotation marks may be around it."""
         if len(line) > LONGEST or any(unicodedata.category(c) == "No" for c in line):
             return None  # NFKC would read the footnote in "1\N{SUPERSCRIPT TWO}" as a digit of "12"
         stated = self._statement.fullmatch(_folded(line))
-        return self.label_of_folded[stated["label"]] if stated else None
+        if stated is None or stated["opening"] + stated["closing"] not in AROUND:
+            return None
+        return self.label_of_folded[stated["label"]]
 
     def claimed(self, text: str) -> set[str | None]:
         """Labels on the label lines of `text` that are not escaped; `None` stands for an unreadable one."""

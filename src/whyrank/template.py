@@ -338,9 +338,10 @@ class Template:
         """Read a whole answer. Never raises and never guesses: what is not plainly a label is `None`.
 
         The answer's own form is read exactly. Other forms are read from the last line that is not blank (from what
-        follows the separator, if the template has no words before its label), after NFKC, with Markdown marks
-        allowed around it. A different label line before it makes the answer unreadable, and so does a thinking
-        block that was never closed. Lone surrogates, which no file can hold, become U+FFFD.
+        follows the separator, if the template has no words before its label), after NFKC, with Markdown marks, a
+        pair of brackets or quotation marks allowed around it. A different label line before it makes the answer
+        unreadable, and so does a thinking block that was never closed. Lone surrogates, which no file can hold, become
+        U+FFFD.
         """
         text = _writable(text)
         body = self._after_thinking(text)
