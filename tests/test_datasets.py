@@ -235,6 +235,12 @@ def test_skipping_bad_lines(write: Callable[..., Path]) -> None:
         read_run(write("q Q0 c 4 nan t\n"), bad=BadLines())
 
 
+def test_skipping_is_advised_only_where_it_is_possible(write: Callable[..., Path]) -> None:
+    # A row that is skipped would change the ids of all that follow.
+    with pytest.raises(InputError, match=r":2: expected UTF-8 text, found .*\. Mend the line\.$"):
+        read_qrels(write(b'"what is lift","184","3"\n"\xff","1","2"\n'), bad=BadLines())
+
+
 @pytest.mark.parametrize(
     ("reader", "line"),
     [

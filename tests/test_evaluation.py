@@ -141,6 +141,9 @@ def test_unparsed_judgments(tmp_path: Path) -> None:
     assert [result.unparsed_rate for result in evaluation.runs] == [0.25, None]
     path.write_text("")
     assert unparsed_rate(path) is None
+    path.write_text("{oops\n")
+    with pytest.raises(InputError, match=r"judgments\.jsonl:1: expected a Judgment .* Remove the line; the command"):
+        unparsed_rate(path)
 
 
 def test_what_is_refused() -> None:

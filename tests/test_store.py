@@ -231,8 +231,10 @@ def test_long_torn_tail_is_cut(tmp_path: Path) -> None:
 def test_damage_before_the_tail_is_not_hidden(tmp_path: Path) -> None:
     path = tmp_path / "qrels.jsonl"
     path.write_bytes(b"{oops\n" + PLAIN)
-    with JsonlAppender(path, Qrel) as appender, pytest.raises(InputError, match=r"qrels\.jsonl:1"):
+    with JsonlAppender(path, Qrel) as appender, pytest.raises(InputError, match=r"qrels\.jsonl:1") as caught:
         list(appender.existing())
+    # Nothing skips lines here; a record that is missing is made again.
+    assert str(caught.value).endswith("Remove the line: the same command then makes its Qrel again.")
 
 
 def test_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:

@@ -255,7 +255,8 @@ def unparsed_rate(path: Path | str) -> float | None:
         InputError: a line is not a judgment.
     """
     num_judgments = num_unparsed = 0
-    for judgment in read_jsonl(path, Judgment):
+    advice = "Remove the line; the command that wrote the file then judges the pair again"
+    for judgment in read_jsonl(path, Judgment, advice=advice):
         num_judgments += 1
         num_unparsed += judgment.status not in JUDGED_STATUSES
     return num_unparsed / num_judgments if num_judgments else None

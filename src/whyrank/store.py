@@ -53,6 +53,7 @@ UTF8_BOM = b"\xef\xbb\xbf"
 DAMAGED_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot hold it
 MAYBE_NOT_FINITE = re.compile(r"NaN|Infinity|[eE]\+?\d{3}")  # a quick look before the exact one
+MEND_OR_SKIP = "Mend the line, or pass --skip-bad to count and skip such lines"
 
 
 @dataclass(slots=True)
@@ -93,8 +94,12 @@ def open_binary(path: Path | str) -> Iterator[BinaryIO]:
             yield raw
 
 
-def read_lines(path: Path | str, *, bad: BadLines | None = None) -> Iterator[tuple[int, str]]:
+def read_lines(
+    path: Path | str, *, bad: BadLines | None = None, advice: str = MEND_OR_SKIP
+) -> Iterator[tuple[int, str]]:
     """Yield `(line number, text)` of every line that is not blank; a UTF-8 BOM and CRLF are accepted.
+
+    `advice` ends the message about a bad line; it must not name `--skip-bad` where no `bad` can be given.
 
     Raises:
         InputError: a line is not UTF-8 (counted instead where `bad` is given), or the gzip stream is damaged.
@@ -107,7 +112,7 @@ def read_lines(path: Path | str, *, bad: BadLines | None = None) -> Iterator[tup
                 try:
                     line = raw.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as cause:
-                    _complain(f"{path}:{number}: expected UTF-8 text, found {cause.reason}", cause, bad)
+                    _complain(f"{path}:{number}: expected UTF-8 text, found {cause.reason}", cause, bad, advice)
                     continue
                 if line.strip():
                     yield number, line
@@ -128,27 +133,31 @@ def read_json(path: Path | str) -> Any:
         raise InputError(f"{path}: expected one JSON value, found: {cause}") from cause
 
 
-def read_jsonl(path: Path | str, record: type[R], *, bad: BadLines | None = None) -> Iterator[R]:
-    """Yield the records of a JSON-lines file.
+def read_jsonl(
+    path: Path | str, record: type[R], *, bad: BadLines | None = None, advice: str = MEND_OR_SKIP
+) -> Iterator[R]:
+    """Yield the records of a JSON-lines file; `advice` as for `read_lines`.
 
     Raises:
         InputError: a line is not such a record, or holds a number that is not finite. With `bad`, the line is
             counted there and passed over.
     """
-    return (found for _, found in read_numbered_jsonl(path, record, bad=bad))
+    return (found for _, found in read_numbered_jsonl(path, record, bad=bad, advice=advice))
 
 
-def read_numbered_jsonl(path: Path | str, record: type[R], *, bad: BadLines | None = None) -> Iterator[tuple[int, R]]:
+def read_numbered_jsonl(
+    path: Path | str, record: type[R], *, bad: BadLines | None = None, advice: str = MEND_OR_SKIP
+) -> Iterator[tuple[int, R]]:
     """Like `read_jsonl`, each record with its line number, for checks that look at several lines."""
     adapter = TypeAdapter(record)
-    for number, line in read_lines(path, bad=bad):
+    for number, line in read_lines(path, bad=bad, advice=advice):
         try:
             found = adapter.validate_json(line, strict=True)
             if MAYBE_NOT_FINITE.search(line):
                 json.dumps(json.loads(line), allow_nan=False)
         except ValueError as cause:
-            what = _what_is_wrong(cause)
-            _complain(f"{path}:{number}: expected a {record.__name__} as JSON, found a line with {what}", cause, bad)
+            message = f"expected a {record.__name__} as JSON, found a line with {_what_is_wrong(cause)}"
+            _complain(f"{path}:{number}: {message}", cause, bad, advice)
         else:
             yield number, found
 
@@ -161,9 +170,9 @@ def _what_is_wrong(cause: ValueError) -> str:
     return f"{where}: {problem['msg']}" if where else problem["msg"]
 
 
-def _complain(message: str, cause: Exception, bad: BadLines | None) -> None:
+def _complain(message: str, cause: Exception, bad: BadLines | None, advice: str) -> None:
     if bad is None:
-        raise InputError(f"{message}. Mend the line, or pass --skip-bad to count and skip such lines.") from cause
+        raise InputError(f"{message}. {advice}.") from cause
     bad.add(message)
 
 
@@ -263,8 +272,13 @@ class JsonlAppender(Generic[R]):
         self._stream.seek(0, os.SEEK_END)
 
     def existing(self) -> Iterator[R]:
-        """The records that are already in the file."""
-        return read_jsonl(self.path, self._record)
+        """The records that are already in the file.
+
+        Raises:
+            InputError: a line is damaged; whoever appends makes missing records again.
+        """
+        again = f"Remove the line: the same command then makes its {self._record.__name__} again"
+        return read_jsonl(self.path, self._record, advice=again)
 
     def rewrite(self, records: Iterable[R]) -> None:
         """Replace what is in the file, atomically; used to drop failed records before they are tried again."""

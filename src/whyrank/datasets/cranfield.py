@@ -86,7 +86,7 @@ def rows(path: Path | str) -> Iterator[Located[tuple[str, str]]]:
     Raises:
         InputError: a line is not UTF-8. It is never skipped, because all ids after it would be wrong.
     """
-    for row_number, (line_number, line) in enumerate(read_lines(path), start=1):
+    for row_number, (line_number, line) in enumerate(read_lines(path, advice="Mend the line"), start=1):
         yield f"{path}:{line_number}", (str(row_number), line)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from whyrank.errors import InputError
-from whyrank.store import LONE_SURROGATE, BadLines, open_binary, read_lines
+from whyrank.store import LONE_SURROGATE, MEND_OR_SKIP, BadLines, open_binary, read_lines
 
 __all__ = [
     "NUM_LOOKED_AT",
@@ -95,7 +95,7 @@ def _is_object(line: str) -> bool:
 def reject(message: str, bad: BadLines | None, cause: Exception | None = None) -> None:
     """Raise `InputError`, or count the line where `bad` is given."""
     if bad is None:
-        raise InputError(f"{message}. Mend the line, or pass --skip-bad to count and skip such lines.") from cause
+        raise InputError(f"{message}. {MEND_OR_SKIP}.") from cause
     bad.add(message)
 
 

@@ -45,7 +45,7 @@ def mine_files(
     start = time.perf_counter()
     counts: Counter[str] = Counter()
     bad = BadLines() if skip_bad else None
-    texts = [query.text for path in exclude for query in read_queries(path)]
+    texts = [query.text for path in exclude for query in read_queries(path, bad=bad)]
     with Progress(f"reading {posts}") as progress:
 
         def counted() -> Iterator[Post]:
