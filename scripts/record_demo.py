@@ -1,6 +1,6 @@
 """Keep the figures of a demo run: results/demo.json from out/demo's results and manifest.
 
-    python scripts/record_demo.py out/demo
+python scripts/record_demo.py out/demo
 """
 
 from __future__ import annotations
