@@ -115,6 +115,7 @@ def test_rerank_a_run() -> None:
         "excluded": 0,
         "bad_lines": 0,
         "without_text": 0,
+        "first_error": None,
     }
     assert (counts["num_new"], counts["num_known"], counts["num_ok"]) == (5, 0, 5)
     manifest = json.loads(Path("out/manifest.json").read_text())
@@ -257,6 +258,7 @@ def test_one_query_as_json_with_documents_from_standard_input() -> None:
                 "explanation": "This is a comparison of words only, not of meaning: the document shares 3 of the "
                 "query's 3 words (yellow, leaves, plant).",
                 "status": "ok",
+                "error": None,
                 "passage": "Light\nyellow leaves on a plant",
                 "first_stage_rank": 2,
             }
@@ -283,14 +285,35 @@ def test_gaps_end_with_exit_code_7() -> None:
         ScriptedAnswer("flat bread", "flat stones", label="0"),
     ]
     words = ("rerank", "--run", "run.trec", *TEXTS, "--model", script(*some), "-o", "out")
-    counts = run_json(*words, code=7)["counts"]
-    assert (counts["num_ok"], counts["num_error"]) == (2, 3)
+    found = run_json(*words, code=7)
+    assert (found["counts"]["num_ok"], found["counts"]["num_error"]) == (2, 3)
+    assert "no answer for the query 'yellow leaves plant'" in found["first_error"]
+    assert f"3 requests failed, the first with: {found['first_error']}" in run(*words).stdout
     assert order("out/run.trec") == {"q1": ["d1", "d3", "d2"], "q2": ["d4", "d5"]}
     code, _, err = whole(*words, "--on-unparsed", "error")
     assert (code, "query q1: no readable judgment for 2 of 3" in err) == (1, True)
     one = ("rerank", "--query", "flat bread", "--documents", "docs.jsonl", "--model", "scripted:script.jsonl")
     assert run(*one).exit_code == 7
     assert "no label, error" in run(*one).stdout
+    assert "GenerationError: scripted:script.jsonl" in run(*one).stdout
+
+
+@pytest.mark.usefixtures("here")
+def test_a_service_that_does_not_run_is_named_and_leaves_no_run() -> None:
+    with FakeEndpoint(lambda document, attempt: Reply()) as server:
+        address = server.url  # nobody listens there when the block has ended
+    model = (f"endpoint:{address}#m", "--max-retries", "0")
+    reason = f"requests failed, the first with: GenerationError: endpoint {address}: no answer: ConnectError"
+    for num_pairs, words in (
+        (5, ("rerank", "--run", "run.trec", *TEXTS, "-o", "out", "--model", *model)),
+        (3, ("label", "--pairs", "pairs.jsonl", *TEXTS, "-o", "labelled", "--teacher", *model)),
+        (5, (*ONE, "--model", *model)),
+    ):
+        code, out, err = whole(*words)
+        assert (code, out) == (1, "")
+        assert f"whyrank: no answer at all: {num_pairs} {reason}" in err
+    assert not Path("out/run.trec").exists()
+    assert json.loads(Path("out/manifest.json").read_text())["is_finished"] is False
 
 
 # ---- the other verbs ----------------------------------------------------------------------------------------
@@ -318,7 +341,8 @@ def test_label() -> None:
     found = run_json(*LABEL)
     assert found.pop("seconds") >= 0
     assert found.pop("counts")["num_ok"] == 3
-    assert found == {"out": "labelled", "labels": {"linked": {"2": 1}, "negative": {"0": 1, "1": 1}}, "bad_lines": 0}
+    labels = {"linked": {"2": 1}, "negative": {"0": 1, "1": 1}}
+    assert found == {"out": "labelled", "labels": labels, "bad_lines": 0, "first_error": None}
     again = run(*LABEL).stdout
     assert "linked pairs: 2: 1" in again
     assert "3 judgments in labelled (3 were there already, 0 unreadable" in again

@@ -10,7 +10,7 @@ from pathlib import Path
 from shutil import copyfileobj
 from sys import stdin
 from tempfile import NamedTemporaryFile
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, Literal, NoReturn, cast, get_args
 
 import typer
 from pydantic import JsonValue
@@ -48,9 +48,10 @@ from whyrank.errors import InputError, require
 from whyrank.generators.opening import DEFAULT_TEMPLATE, ModelOptions
 from whyrank.progress import Progress
 from whyrank.ranking import OnUnparsed, parse_fuse
-from whyrank.records import Document, Mode
+from whyrank.records import Document, Judgment, Mode
 from whyrank.rerank import Reranker
 from whyrank.stages import EXIT_OK, EXIT_PARTIAL, warn_of_bad_lines
+from whyrank.stages.failures import describe_failures, require_answers
 from whyrank.stages.label import label_files, read_pairs
 from whyrank.stages.rerank import read_candidates, rerank_files
 from whyrank.store import BadLines, Manifest
@@ -116,8 +117,8 @@ def label(
     done = label_files(texts, reranker.judge, out, manifest)
     if json:
         counts = done.counts.to_counts()
-        found = {"labels": done.labels, "bad_lines": done.num_bad_lines, "seconds": done.seconds}
-        print_json({"out": str(out), "counts": counts, **found})
+        found = {"labels": done.labels, "bad_lines": done.num_bad_lines, "first_error": done.first_error}
+        print_json({"out": str(out), "counts": counts, **found, "seconds": done.seconds})
     else:
         for relation, labels in sorted(done.labels.items()):
             shares = ", ".join(f"{label}: {count}" for label, count in sorted(labels.items()))
@@ -126,6 +127,8 @@ def label(
             f"{done.counts.num_judgments} judgments in {out} ({done.counts.num_known} were there already, "
             f"{done.counts.num_unreadable} unreadable, {done.seconds:.1f} s)"
         )
+        if done.first_error:
+            console().print(describe_failures(done.counts.statuses["error"], done.first_error))
         if done.num_bad_lines:
             console().print(f"{done.num_bad_lines} malformed lines were passed over")
     raise typer.Exit(done.exit_code)
@@ -297,10 +300,7 @@ def rerank(
     )
     if query is not None and documents is not None:
         found = _read_documents(documents, names, limit=limit, skip_bad=skip_bad)
-        with Progress(f"judging with {reranker.judge.generator.name}", len(found)) as progress:
-            ranking = reranker.rank(query, found, top_k=top_k, on_judgment=lambda _: progress.advance())
-        print_ranking(query, ranking, as_json=json)
-        raise typer.Exit(EXIT_PARTIAL if ranking.num_unreadable else EXIT_OK)
+        _rank_one(reranker, query, found, top_k=top_k, as_json=json)
     assert candidates is not None
     assert out is not None
     config = _judge_config(reranker, fuse=fuse, on_unparsed=on_unparsed, top_k=top_k, limit=limit)
@@ -342,6 +342,23 @@ def demo(
         print_json(outcome.to_json())
     else:
         outcome.print(console())
+
+
+def _rank_one(
+    reranker: Reranker, query: str, documents: Sequence[Document], *, top_k: int | None, as_json: bool
+) -> NoReturn:
+    errors: list[str] = []
+    with Progress(f"judging with {reranker.judge.generator.name}", len(documents)) as progress:
+
+        def on_judgment(judgment: Judgment) -> None:
+            progress.advance()
+            if judgment.error:
+                errors.append(judgment.error)
+
+        ranking = reranker.rank(query, documents, top_k=top_k, on_judgment=on_judgment)
+    require_answers(len(errors), len(documents), next(iter(errors), None))
+    print_ranking(query, ranking, as_json=as_json)
+    raise typer.Exit(EXIT_PARTIAL if ranking.num_unreadable else EXIT_OK)
 
 
 def _template(name: str | None) -> Template | None:

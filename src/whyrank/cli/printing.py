@@ -8,6 +8,7 @@ from rich.text import Text
 
 from whyrank.cli.options import console, print_json
 from whyrank.rerank import Ranking
+from whyrank.stages.failures import describe_failures
 from whyrank.stages.rerank import Reranked
 
 __all__ = ["print_ranking", "print_reranked"]
@@ -29,6 +30,8 @@ def print_ranking(query: str, ranking: Ranking, *, as_json: bool) -> None:
         heading.append(f"  ({score}{note}; was {result.first_stage_rank})", style="not bold")
         screen.print()
         screen.print(heading)
+        if result.judgment.error:
+            _print_indented(screen, Text(result.judgment.error))
         if result.explanation:
             _print_indented(screen, Text(f"why: {result.explanation}"))
         shown = " ".join(result.passage.split())
@@ -54,6 +57,7 @@ def _result(ranking: Ranking, index: int) -> dict[str, object]:
         "probs": result.judgment.probs,
         "explanation": result.explanation,
         "status": result.status,
+        "error": result.judgment.error,
         "passage": result.passage,
         "first_stage_rank": result.first_stage_rank,
     }
@@ -64,6 +68,8 @@ def print_reranked(done: Reranked) -> None:
     counts, screen = done.counts, console()
     statuses = ", ".join(f"{status} {count}" for status, count in sorted(counts.statuses.items()))
     screen.print(f"{done.num_queries} queries, {counts.num_judgments} judgments ({statuses})")
+    if done.first_error:
+        screen.print(describe_failures(counts.statuses["error"], done.first_error))
     if counts.num_known:
         screen.print(f"{counts.num_known} were there already, {counts.num_new} are new")
     if counts.num_torn_bytes:

@@ -15,6 +15,7 @@ from whyrank.judging import Judge, JudgingCounts, judge_into
 from whyrank.progress import Progress
 from whyrank.records import Document, Pair, Query
 from whyrank.stages import EXIT_OK, EXIT_PARTIAL
+from whyrank.stages.failures import require_answers
 from whyrank.store import BadLines, Manifest, read_jsonl
 
 __all__ = ["Labelled", "PairTexts", "label_files", "read_pairs"]
@@ -55,12 +56,14 @@ def read_pairs(
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """What a labelling job did. `labels` counts labels by the relation of their pair."""
+    """What a labelling job did. `labels` counts labels by the relation of their pair; `first_error` is why the first of
+    the failed requests failed."""
 
     out: Path
     counts: JudgingCounts
     labels: Mapping[str, Mapping[str, int]]
     num_bad_lines: int
+    first_error: str | None
     seconds: float
 
     @property
@@ -74,11 +77,13 @@ def label_files(texts: PairTexts, judge: Judge, out: Path, manifest: Manifest) -
 
     Raises:
         WhyrankError: see `judge_into`.
+        GenerationError: every request failed.
     """
     start = time.perf_counter()
     counts = JudgingCounts()
     relations = {(pair.query_id, pair.doc_id): pair.relation for pair in texts.pairs}
     labels: dict[str, Counter[str]] = {}
+    first_error: str | None = None
     pairs: Sequence[tuple[Query, Document]] = [
         (texts.queries[pair.query_id], texts.documents[pair.doc_id]) for pair in texts.pairs
     ]
@@ -88,7 +93,9 @@ def label_files(texts: PairTexts, judge: Judge, out: Path, manifest: Manifest) -
                 manifest.write(out)
             relation = relations[(judgment.query_id, judgment.doc_id)]
             labels.setdefault(relation, Counter())[judgment.label or judgment.status] += 1
+            first_error = first_error or judgment.error
             progress.advance()
+    require_answers(counts.statuses["error"], counts.num_judgments, first_error)
     seconds = round(time.perf_counter() - start, 3)
     manifest.finished(start, counts=counts.to_counts()).write(out)
-    return Labelled(out, counts, labels, texts.num_bad_lines, seconds)
+    return Labelled(out, counts, labels, texts.num_bad_lines, first_error, seconds)

@@ -17,6 +17,7 @@ from whyrank.progress import Progress
 from whyrank.records import Document, Judgment, Query, ScoredDocument
 from whyrank.rerank import Reranker
 from whyrank.stages import EXIT_OK, EXIT_PARTIAL
+from whyrank.stages.failures import require_answers
 from whyrank.store import BadLines, Manifest
 
 __all__ = ["Candidates", "Reranked", "read_candidates", "rerank_files"]
@@ -167,7 +168,8 @@ def _without_missing(
 
 @dataclass(frozen=True, slots=True)
 class Reranked:
-    """What a reranking job did. `seconds` is wall time of this invocation."""
+    """What a reranking job did. `first_error` is why the first of the failed requests failed; `seconds` is wall time
+    of this invocation."""
 
     out: Path
     run: Path
@@ -176,6 +178,7 @@ class Reranked:
     num_excluded: int
     num_bad_lines: int
     num_without_text: int
+    first_error: str | None
     seconds: float
 
     @property
@@ -194,6 +197,7 @@ class Reranked:
             "bad_lines": self.num_bad_lines,
             "without_text": self.num_without_text,
             "counts": counts,
+            "first_error": self.first_error,
             "seconds": self.seconds,
         }
 
@@ -207,16 +211,20 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
 
     Raises:
         WhyrankError: see `judge_into` and `ranking.order`.
+        GenerationError: every request failed; no run is written.
     """
     start = time.perf_counter()
     counts = JudgingCounts()
+    first_error: str | None = None
     judgments: dict[str, dict[str, Judgment]] = {query.query_id: {} for query in candidates.queries}
     with Progress(f"judging with {reranker.judge.generator.name}", candidates.num_pairs) as progress:
         for judgment in judge_into(out / "judgments.jsonl", reranker.judge, candidates.pairs(), counts):
             if counts.num_judgments == 1:  # not earlier: a folder that is refused keeps the manifest of its own run
                 manifest.write(out)
             judgments[judgment.query_id][judgment.doc_id] = judgment
+            first_error = first_error or judgment.error
             progress.advance()
+    require_answers(counts.statuses["error"], counts.num_judgments, first_error)
     lines = {
         query.query_id: found
         for query in candidates.queries
@@ -235,6 +243,7 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
         num_excluded=candidates.num_excluded,
         num_bad_lines=candidates.num_bad_lines,
         num_without_text=candidates.num_without_text,
+        first_error=first_error,
         seconds=round(time.perf_counter() - start, 3),
     )
     manifest.finished(start, counts={**counts.to_counts(), "num_queries": outcome.num_queries}).write(out)
