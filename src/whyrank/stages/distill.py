@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from whyrank.datasets import read_corpus, read_queries
+from whyrank.errors import InputError
 from whyrank.progress import Progress
-from whyrank.records import Judgment
+from whyrank.records import Document, Judgment, Query
 from whyrank.store import Manifest, read_jsonl
 from whyrank.template import Template
 from whyrank.training.config import DistillConfig
@@ -39,8 +41,15 @@ def distill_files(
     start = time.perf_counter()
     known = list(islice((judgment for path in judgments for judgment in read_jsonl(path, Judgment)), limit))
     wanted = {judgment.doc_id for judgment in known}
-    asked = {query.query_id: query for path in queries for query in read_queries(path)}
-    documents = {doc.doc_id: doc for path in corpora for doc in read_corpus(path) if doc.doc_id in wanted}
+    asked: dict[str, Query] = {}
+    for path in queries:
+        for query in read_queries(path):
+            _add(asked, query.query_id, query, path)
+    documents: dict[str, Document] = {}
+    for path in corpora:
+        for document in read_corpus(path):
+            if document.doc_id in wanted:
+                _add(documents, document.doc_id, document, path)
     with Progress(f"distilling into {out}", config.num_steps) as progress:
 
         def on_step(step: Step) -> None:
@@ -53,3 +62,14 @@ def distill_files(
     )
     finished.write(out)
     return result
+
+
+T = TypeVar("T", Query, Document)
+
+
+def _add(known: dict[str, T], record_id: str, record: T, path: Path) -> None:
+    if known.setdefault(record_id, record).text != record.text:
+        raise InputError(
+            f"{path}: {record_id!r} has another text in a file given before; give the files that belong "
+            "to the judgments"
+        )

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -30,12 +30,13 @@ from whyrank.store import content_key, read_jsonl, write_jsonl
 from whyrank.template import Template
 from whyrank.training.checkpoints import TrainingState, load_state, save_checkpoint, save_state
 from whyrank.training.config import DistillConfig
-from whyrank.training.examples import IGNORED, Example, collate, examples_of
+from whyrank.training.examples import IGNORED, Example, collate, examples_of, is_teachable
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
 
 __all__ = ["Distilled", "Step", "distill", "learning_rate_at"]
 
 LOG_NAME = "log.jsonl"
+ROOM_FOR_WORDS = 1024  # tokens for a template's own words
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def distill(
     A run that was killed resumes from its last saved state when called again with the same data and config.
 
     Args:
-        judgments: those without a label are left out and counted.
+        judgments: those that are not `ok` (see `is_teachable`) are left out and counted.
         queries: by query_id.
         documents: by doc_id.
         template: the prompt and answer shape to teach.
@@ -93,7 +94,7 @@ def distill(
     _check(examples, model)
     # What is trained on, not where it came from: a judgment's key stays when its label is made anew.
     identity = content_key(template.version, repr(config), *(content_key(repr(example)) for example in examples))
-    num_left_out = sum(judgment.label is None for judgment in judgments)
+    num_left_out = sum(not is_teachable(judgment) for judgment in judgments)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     finished = _finished_before(out, identity)
     if finished is not None:
@@ -190,7 +191,11 @@ def _student(
     texts += [f" {judgment.explanation}" for judgment in judgments]
     texts += [template.prompt.task, template.prompt.query_heading, template.prompt.document_heading]
     tokenizer = tiny_tokenizer(texts, config.tiny.vocab_size)
-    model = tiny_model(tokenizer, config.tiny, config.seed)
+    # Positions cost nothing: whatever the template's limits admit must fit.
+    limits = template.limits
+    longest = limits.max_query_tokens + limits.max_document_tokens + limits.max_explanation_tokens
+    room = max(config.tiny.max_positions, longest + ROOM_FOR_WORDS)
+    model = tiny_model(tokenizer, replace(config.tiny, max_positions=room), config.seed)
     torch.nn.Module.to(model, device)
     return tokenizer, model
 

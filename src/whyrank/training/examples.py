@@ -13,7 +13,7 @@ from whyrank.generators.hf.chat import ChatTokens
 from whyrank.records import Document, Judgment, Mode, Query
 from whyrank.template import Template
 
-__all__ = ["IGNORED", "Example", "collate", "examples_of"]
+__all__ = ["IGNORED", "Example", "collate", "examples_of", "is_teachable"]
 
 IGNORED = -100  # target id that torch's cross-entropy passes over
 
@@ -34,27 +34,52 @@ def examples_of(
     tokens: ChatTokens,
     modes: Sequence[Mode] = ("explain",),
 ) -> Iterator[Example]:
-    """One example per readable judgment and mode; judgments without a label are left out.
+    """One example per teachable judgment and mode; the others are left out.
 
     The document is cut as it was for the teacher by the template's own limit, so that training and ranking see
     the same text.
 
     Raises:
-        InputError: a judgment's query or document is not given, or its label is not on the template's scale.
+        InputError: a judgment's query or document is not given, it was made on another scale, or it has no
+            explanation to learn from because it was made in direct mode.
     """
     for judgment in judgments:
-        if judgment.label is None:
+        if judgment.label is None or not is_teachable(judgment):
             continue
         query, document = queries.get(judgment.query_id), documents.get(judgment.doc_id)
         if query is None or document is None:
             missing = f"query {judgment.query_id!r}" if query is None else f"document {judgment.doc_id!r}"
-            raise InputError(
-                f"judgment of ({judgment.query_id}, {judgment.doc_id}): {missing} is not in the given files"
-            )
+            raise InputError(f"{_who(judgment)}: {missing} is not in the given files")
+        _check(judgment, template, modes)
         for mode in modes:
             prompt = tokens.prompt_ids(template.render(query.text, document.full_text, tokens, mode=mode).request)
             answer = _answer_ids(template, tokens, judgment.label, judgment.explanation, mode)
             yield Example((*prompt, *answer), len(prompt))
+
+
+def is_teachable(judgment: Judgment) -> bool:
+    """Whether a student should learn from it: it was read as intended.
+
+    An explanation that hit its cap ends in the middle, and a teacher with little probability on the labels was not
+    answering the question; neither is an example to follow.
+    """
+    return judgment.status == "ok"
+
+
+def _check(judgment: Judgment, template: Template, modes: Sequence[Mode]) -> None:
+    labels = template.scale.labels
+    num_labels = len(labels) if judgment.probs is None else len(judgment.probs)
+    if judgment.label not in labels or num_labels != len(labels):
+        raise InputError(
+            f"{_who(judgment)} has label {judgment.label!r} of a scale with {num_labels} labels, template "
+            f"{template.version} has {', '.join(labels)}; label with the template that is to be taught"
+        )
+    if judgment.mode == "direct" and "explain" in modes:
+        raise InputError(f"{_who(judgment)} was made in direct mode and has no explanation; teach --modes direct")
+
+
+def _who(judgment: Judgment) -> str:
+    return f"the judgment of ({judgment.query_id}, {judgment.doc_id})"
 
 
 def _answer_ids(template: Template, tokens: ChatTokens, label: str, why: str, mode: Mode) -> list[int]:
