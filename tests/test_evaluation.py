@@ -17,6 +17,7 @@ from whyrank.datasets import read_excluded, read_qrels, read_queries, read_run, 
 from whyrank.errors import InputError, TooManyUnparsed
 from whyrank.evaluation import evaluate, judgments_beside, parse_measures, table, unparsed_rate
 from whyrank.records import Judgment, Qrel, ScoredDocument, Status
+from whyrank.stages.evaluate import evaluate_files
 from whyrank.store import write_jsonl
 
 QRELS = [Qrel("q1", "a", 2), Qrel("q1", "b", 1), Qrel("q1", "c", 0), Qrel("q2", "a", 1), Qrel("q3", "z", 1)]
@@ -31,7 +32,7 @@ RUN = {"q1": ranked("q1", "cba"), "q2": ranked("q2", "ba"), "q9": ranked("q9", "
 
 
 def test_values_by_hand() -> None:
-    evaluation = evaluate(QRELS, {"mine": RUN}, ["nDCG@10", "RR@10", "P@1"])
+    evaluation = evaluate(QRELS, {"mine": RUN}, ["nDCG@10", "RR@10", "P@1"], ties="rank")
     # q1: gains 0, 1, 2 at ranks 1, 2, 3 against the ideal 2, 1; q2: gain 1 at rank 2; q3 is missing and counts 0.
     first = (1 / math.log2(3) + 2 / math.log2(4)) / (2 / math.log2(2) + 1 / math.log2(3))
     second = 1 / math.log2(3)
@@ -47,20 +48,28 @@ def test_ties_follow_the_run_or_trec_eval() -> None:
     qrels = [Qrel("q", "a", 1)]
     for order, by_rank in (("abc", 1.0), ("cba", 1 / 3)):
         run = {"run": {"q": ranked("q", order)}}
-        assert evaluate(qrels, run, ["RR"]).runs[0].values["RR"] == pytest.approx(by_rank)
-        assert evaluate(qrels, run, ["RR"], ties="trec_eval").runs[0].values["RR"] == pytest.approx(1 / 3)
+        assert evaluate(qrels, run, ["RR"], ties="rank").runs[0].values["RR"] == pytest.approx(by_rank)
+        assert evaluate(qrels, run, ["RR"]).runs[0].values["RR"] == pytest.approx(1 / 3)
 
 
 def test_json_is_exactly_this() -> None:
-    evaluation = evaluate(QRELS, {"mine": RUN, "other": {"q2": ranked("q2", "a")}}, ["RR@10", "P@1"])
+    evaluation = evaluate(QRELS, {"mine": RUN, "other": {"q2": ranked("q2", "a")}}, ["RR@10", "P@1"], ties="rank")
     assert evaluation.to_json() == {
         "measures": ["RR@10", "P@1"],
         "runs": [
-            {"name": "mine", "queries": 3, "missing": 1, "values": {"RR@10": 1 / 3, "P@1": 0.0}, "unparsed_rate": None},
+            {
+                "name": "mine",
+                "queries": 3,
+                "missing": 1,
+                "without_qrels": 1,
+                "values": {"RR@10": 1 / 3, "P@1": 0.0},
+                "unparsed_rate": None,
+            },
             {
                 "name": "other",
                 "queries": 3,
                 "missing": 2,
+                "without_qrels": 0,
                 "values": {"RR@10": 1 / 3, "P@1": 1 / 3},
                 "unparsed_rate": None,
             },
@@ -68,6 +77,15 @@ def test_json_is_exactly_this() -> None:
     }
     full = json.loads(json.dumps(evaluation.to_json(per_query=True)))
     assert full["runs"][1]["per_query"]["P@1"] == {"q1": 0.0, "q2": 1.0, "q3": 0.0}
+
+
+def test_limit_leaves_queries_out_and_does_not_miss_their_qrels(tmp_path: Path) -> None:
+    (tmp_path / "qrels").write_text("q1 0 a 1\nq2 0 a 1\nq3 0 a 1\n")
+    path = tmp_path / "bm25.trec"
+    path.write_text("".join(f"{query_id} Q0 a 1 1.0 t\n" for query_id in ("q1", "q2", "q3", "q9")))
+    for limit, expected in ((1, (1, 0, 1)), (2, (2, 0, 1)), (None, (3, 0, 1))):  # q9 alone has no qrels
+        found = evaluate_files([path], tmp_path / "qrels", ["RR"], limit=limit).runs[0]
+        assert (found.num_queries, found.num_missing, found.num_without_qrels) == expected
 
 
 def test_an_empty_list_is_a_missing_query() -> None:
@@ -106,6 +124,18 @@ def test_all_measures_that_cannot_be_read_are_named() -> None:
         "RR(rel=x)",
         "Bpref@3",
         "\0",
+        # These would abort the process, or fail when it is too late.
+        "nDCG@0",
+        "nDCG@-1",
+        "nDCG@1.5",
+        "P@True",
+        "R(cutoff=0)",
+        "RR@99999999999999999999",
+        "P(rel=0)@5",
+        "Bpref(rel=-3)",
+        "RR(rel=99999999999999)",
+        "IPrec@-0.1",
+        "IPrec@2",
     ]
     with pytest.raises(InputError) as refusal:
         parse_measures(names)
@@ -168,7 +198,7 @@ def test_what_is_refused() -> None:
 
 
 def test_table_shows_what_was_measured() -> None:
-    evaluation = evaluate(QRELS, {"mine": RUN}, ["RR@10", "P@1"])
+    evaluation = evaluate(QRELS, {"mine": RUN}, ["RR@10", "P@1"], ties="rank")
     text = printed(table(evaluation))
     assert re.search(r"mine\W+0\.3333\W+0\.0000\W+3\W+1\W+1\b", text)
     assert re.search(r"run\W+RR@10\W+P@1\W+queries\W+missing\W+without qrels", text)
@@ -223,7 +253,7 @@ def test_dl19(name: str, shared_data: Path) -> None:
         query_id, _, doc_id, grade = line.split()
         grades.setdefault(query_id, {})[doc_id] = int(grade)
     orders = {query_id: [line[2] for line in lines if line[0] == query_id] for query_id in grades}
-    by_rank = evaluate(qrels, {name: run}, ["nDCG@10"]).runs[0].per_query["nDCG@10"]
+    by_rank = evaluate(qrels, {name: run}, ["nDCG@10"], ties="rank").runs[0].per_query["nDCG@10"]
     assert by_rank == pytest.approx(
         {query_id: ndcg(orders[query_id], grades[query_id]) for query_id in grades}, abs=1e-9
     )

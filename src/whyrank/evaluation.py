@@ -1,8 +1,8 @@
 """How good a run is: measures by ir_measures, per query and on average.
 
-The order of the run is what is measured. Tools that read scores order ties in their own ways (trec_eval by
-descending document id, after rounding to 32-bit floats), so that a published figure for a run with ties may differ
-from its true one; `ties="trec_eval"` reproduces those figures.
+Tools that read scores order ties in their own ways: trec_eval by descending document id, after rounding to 32-bit
+floats. So do we unless told otherwise, because published figures are made so; `ties="rank"` measures the order that
+the run itself gives. Runs that whyrank writes have no ties.
 
 Averages run over the queries of the qrels: one that the run lacks counts as the measure's default, which is 0
 almost everywhere. Queries that the run has and the qrels lack are counted and left out.
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import ir_measures
 from pydantic import JsonValue
@@ -37,6 +37,7 @@ __all__ = [
     "unparsed_rate",
 ]
 
+LARGEST = 2**31 - 1  # of trec_eval's integers
 Ties = Literal["rank", "trec_eval"]
 """How equal scores are ordered: as the run has them, or by the rules of trec_eval."""
 
@@ -76,6 +77,7 @@ def _run_to_json(run: RunResult, per_query: bool) -> dict[str, JsonValue]:
         "name": run.name,
         "queries": run.num_queries,
         "missing": run.num_missing,
+        "without_qrels": run.num_without_qrels,
         "values": dict(run.values),
         "unparsed_rate": run.unparsed_rate,
     }
@@ -91,7 +93,7 @@ def evaluate(
     *,
     allow_unparsed: float = 0.01,
     judgments: Mapping[str, Path] | None = None,
-    ties: Ties = "rank",
+    ties: Ties = "trec_eval",
 ) -> Evaluation:
     """Measure every run against the qrels.
 
@@ -171,12 +173,22 @@ def _parse_measure(name: str) -> Any:
         raise InputError(f"ir_measures knows no measure {node.id}")
     if cutoff is not None:
         parameters[kind.AT_PARAM] = ast.literal_eval(cutoff)
+    for parameter, value in parameters.items():
+        _check_range(parameter, value)
     measure = kind(**parameters)
     measure.validate_params()
     pipeline: Any = ir_measures.DefaultPipeline
     if not pipeline.supports(measure):
         raise InputError("no installed provider of ir_measures computes it")
     return measure
+
+
+def _check_range(parameter: str, value: object) -> None:
+    """Refuse what would make trec_eval abort the whole process, or fail late."""
+    if parameter in ("cutoff", "rel") and not (type(value) is int and 1 <= value <= LARGEST):
+        raise InputError(f"expected a whole number from 1 as {parameter}, found {value!r}")
+    if parameter == "recall" and not (type(value) in (int, float) and 0 <= cast(float, value) <= 1):
+        raise InputError(f"expected a number from 0 to 1 as recall, found {value!r}")
 
 
 def _relevance(qrels: Iterable[Qrel]) -> dict[str, dict[str, int]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import islice
 from pathlib import Path
 
-from whyrank.datasets import read_excluded, read_qrels, read_run, without_excluded
+from whyrank.datasets import Run, read_excluded, read_qrels, read_run, without_excluded
 from whyrank.errors import InputError
 from whyrank.evaluation import Evaluation, Ties, evaluate, judgments_beside
 from whyrank.stages import warn_of_bad_lines
@@ -40,11 +40,17 @@ def evaluate_files(
         raise InputError(f"expected each run once, found {', '.join(map(str, runs))}")
     bad = BadLines() if skip_bad else None
     judged = read_qrels(qrels, bad=bad)
+    left_out: set[str] = set()
     if limit is not None:
-        chosen = set(islice(dict.fromkeys(qrel.query_id for qrel in judged), limit))
-        judged = [qrel for qrel in judged if qrel.query_id in chosen]
+        left_out = set(islice(dict.fromkeys(qrel.query_id for qrel in judged), limit, None))
+        judged = [qrel for qrel in judged if qrel.query_id not in left_out]
     banned = read_excluded(excluded, bad=bad) if excluded else {}
-    found = {str(path): without_excluded(read_run(path, bad=bad), banned)[0] for path in runs}
+    found = {str(path): _restricted(without_excluded(read_run(path, bad=bad), banned)[0], left_out) for path in runs}
     warn_of_bad_lines(bad)
     judgments = {str(path): beside for path in runs if (beside := judgments_beside(path)) is not None}
     return evaluate(judged, found, measures, allow_unparsed=allow_unparsed, judgments=judgments, ties=ties)
+
+
+def _restricted(run: Run, left_out: Set[str]) -> Run:
+    """Without the queries that --limit leaves out, which are not to be counted as having no qrels."""
+    return {query_id: documents for query_id, documents in run.items() if query_id not in left_out}
