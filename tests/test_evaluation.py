@@ -18,7 +18,7 @@ from whyrank.errors import InputError, TooManyUnparsed
 from whyrank.evaluation import evaluate, judgments_beside, parse_measures, table, unparsed_rate
 from whyrank.records import Judgment, Qrel, ScoredDocument, Status
 from whyrank.stages.evaluate import evaluate_files
-from whyrank.store import write_jsonl
+from whyrank.store import Manifest, write_jsonl
 
 QRELS = [Qrel("q1", "a", 2), Qrel("q1", "b", 1), Qrel("q1", "c", 0), Qrel("q2", "a", 1), Qrel("q3", "z", 1)]
 
@@ -156,11 +156,11 @@ def judgment(status: Status, number: int) -> Judgment:
 
 
 def test_unparsed_judgments(tmp_path: Path) -> None:
-    assert judgments_beside(tmp_path / "run.txt") is None
+    assert judgments_beside(tmp_path / "run.trec") is None
     path = tmp_path / "judgments.jsonl"
     statuses: list[Status] = ["ok", "ok", "ok", "forced", "low_mass", "unparsed", "error", "ok"]
     write_jsonl(path, [judgment(status, number) for number, status in enumerate(statuses)])
-    assert judgments_beside(tmp_path / "run.txt") == path
+    assert judgments_beside(tmp_path / "run.trec") == path
     assert unparsed_rate(path) == 0.25
     runs = {"mine": RUN, "other": RUN}
     with pytest.raises(TooManyUnparsed, match=r"expected at most 1.00% .* run 'mine' without a label, found 25.00%"):
@@ -174,6 +174,21 @@ def test_unparsed_judgments(tmp_path: Path) -> None:
     path.write_text("{oops\n")
     with pytest.raises(InputError, match=r"judgments\.jsonl:1: expected a Judgment .* Remove the line; the command"):
         unparsed_rate(path)
+
+
+def test_judgments_are_taken_only_for_the_run_made_from_them(tmp_path: Path) -> None:
+    path = tmp_path / "judgments.jsonl"
+    write_jsonl(path, [judgment("error", 1)])
+    for name in ("bm25.trec", "candidates.trec", "run.txt"):  # beside them, but not theirs
+        assert judgments_beside(tmp_path / name) is None
+    assert judgments_beside(tmp_path / "run.trec") == judgments_beside(tmp_path / "run.json") == path
+    for stage, expected in (("rerank", path), ("label", None)):
+        Manifest(stage, {}).write(tmp_path)
+        assert judgments_beside(tmp_path / "run.trec") == expected
+        assert judgments_beside(tmp_path / "bm25.trec") is None
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"manifest\.json: expected one JSON value"):
+        judgments_beside(tmp_path / "run.trec")
 
 
 def test_what_is_refused() -> None:

@@ -24,7 +24,7 @@ from rich.table import Table
 from whyrank.datasets.runs import Run
 from whyrank.errors import InputError, TooManyUnparsed
 from whyrank.records import JUDGED_STATUSES, Judgment, Qrel
-from whyrank.store import read_jsonl
+from whyrank.store import read_json, read_jsonl
 
 __all__ = [
     "Evaluation",
@@ -37,6 +37,7 @@ __all__ = [
     "unparsed_rate",
 ]
 
+RERANKED_NAMES = ("run.trec", "run.json")  # what `stages.rerank` writes beside its judgments
 LARGEST = 2**31 - 1  # of trec_eval's integers
 Ties = Literal["rank", "trec_eval"]
 """How equal scores are ordered: as the run has them, or by the rules of trec_eval."""
@@ -255,9 +256,23 @@ def _some(ids: Iterable[str]) -> str:
 
 
 def judgments_beside(run_path: Path | str) -> Path | None:
-    """The `judgments.jsonl` in the folder of a run file, if there is one."""
-    path = Path(run_path).parent / "judgments.jsonl"
-    return path if path.is_file() else None
+    """The `judgments.jsonl` that a run was made from, if there is one.
+
+    Being neighbours is not enough: other runs may lie in the folder, and other jobs leave judgments too. The run must
+    have one of the names that reranking gives, and a manifest beside it, where there is one, must be of reranking.
+
+    Raises:
+        InputError: the manifest is damaged.
+    """
+    path = Path(run_path)
+    judgments, manifest = (path.parent / name for name in ("judgments.jsonl", "manifest.json"))
+    if path.name not in RERANKED_NAMES or not judgments.is_file():
+        return None
+    if manifest.is_file():
+        found = read_json(manifest)
+        if not isinstance(found, dict) or found.get("stage") != "rerank":
+            return None
+    return judgments
 
 
 def unparsed_rate(path: Path | str) -> float | None:
