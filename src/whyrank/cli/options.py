@@ -7,7 +7,8 @@ import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from whyrank.errors import InputError
 from whyrank.generators.opening import ModelOptions
 from whyrank.records import Mode
 from whyrank.search import Bm25Config
@@ -41,6 +43,7 @@ __all__ = [
     "SkipBad",
     "TemplateOption",
     "Timeout",
+    "as_usage_error",
     "console",
     "existing",
     "print_json",
@@ -100,6 +103,15 @@ MaxRetries = Annotated[int, setting(ModelOptions, "max_retries")]
 Logprobs = Annotated[bool, setting(ModelOptions, "has_logprobs", "--logprobs")]
 BM25 = Bm25Config()
 MODEL = ModelOptions()
+
+
+@contextmanager
+def as_usage_error() -> Iterator[None]:
+    """An option whose value is refused by the library was used wrongly: exit code 2, not 1."""
+    try:
+        yield
+    except InputError as cause:
+        raise typer.BadParameter(str(cause)) from cause
 
 
 def console() -> Console:
