@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
+from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,8 @@ from whyrank.errors import TemplateMismatch
 from whyrank.generators.opening import ModelOptions
 from whyrank.generators.scripted import ScriptedAnswer
 from whyrank.records import Document, Judgment, Pair, Query
-from whyrank.store import read_jsonl, write_jsonl
+from whyrank.store import Manifest, read_jsonl, write_jsonl
+from whyrank.template import Template
 
 # Of "yellow leaves plant" the documents hold 1, 3 and 0 words; thirds give the labels 1, 2 and 0 by overlap.
 QUERIES = [Query("q1", "yellow leaves plant"), Query("q2", "flat bread")]
@@ -213,6 +216,48 @@ def test_what_top_k_leaves_stays_below_as_it_stood() -> None:
     Path("rankgpt.json").write_text(json.dumps([{"query": QUERIES[0].text, "hits": ids}]))
     blank = ("rerank", "--run", "rankgpt.json", "--model", "overlap", "--top-k", "1", "-o", "other")
     assert run_json(*blank)["run"] == "other/run.json"
+
+
+@pytest.mark.usefixtures("here")
+def test_manifests_tell_everything_that_was_chosen_and_counted() -> None:
+    Path("docs.jsonl").write_text("{broken\n" + Path("docs.jsonl").read_text())
+    Path("excluded.txt").write_text("q1 d1\n")
+    chosen = ("--skip-bad", "--limit", "1", "--batch-size", "3", "--timeout", "7", "--max-explanation-tokens", "9")
+    more = ("--excluded", "excluded.txt", "--top-k", "1", "--field", "text=text", "--fuse", "rrf")
+    before = datetime.now(UTC).replace(microsecond=0)
+    assert run(*RERANK, *chosen, *more, "--instruction", "Be strict.").exit_code == 0
+    assert run(*LABEL, *chosen).exit_code == 0
+    reranked, labelled = (json.loads(Path(f"{name}/manifest.json").read_text()) for name in ("out", "labelled"))
+    template = Template.load("explain-0-2")
+    template = replace(template, limits=replace(template.limits, max_explanation_tokens=9))
+    shared = {
+        "model": "overlap",
+        "mode": "explain",
+        "template": template.version,
+        "limits": asdict(template.limits),
+        "sampling": {"temperature": 0.0, "max_tokens": 9, "seed": 0},
+        "options": {**asdict(ModelOptions()), "batch_size": 3, "timeout": 7.0},
+        "limit": 1,
+        "skip_bad": True,
+    }
+    more_chosen = {"top_k": 1, "field": {"text": "text"}, "fuse": "rrf", "on_unparsed": "first_stage"}
+    assert labelled["config"] == {**shared, "instruction": None}
+    assert reranked["config"] == {**labelled["config"], **more_chosen, "instruction": "Be strict."}
+    names = ("num_queries", "num_excluded", "num_bad_lines", "num_without_text", "num_new")
+    assert [reranked["counts"][name] for name in names] == [1, 1, 1, 0, 1]
+    assert labelled["counts"]["num_bad_lines"] == 1
+    assert before <= datetime.fromisoformat(reranked["started"]) <= datetime.now(UTC)
+
+
+def test_a_manifest_names_the_gpu_where_torch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A stand-in for torch on another machine; what is under test only asks it.
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_name=lambda: "GPU 9000")
+    early = Manifest("x", {})
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert early.finished(0.0, counts={}).hardware["gpu"] == "GPU 9000"
+    monkeypatch.delitem(sys.modules, "torch")
+    assert "gpu" not in Manifest("x", {}).hardware
+    assert "torch" not in sys.modules
 
 
 @pytest.mark.usefixtures("here")

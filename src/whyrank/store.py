@@ -359,7 +359,15 @@ def _versions() -> dict[str, str]:
 
 
 def _hardware() -> dict[str, JsonValue]:
-    return {"machine": platform.machine(), "system": platform.platform(), "num_cpus": os.cpu_count()}
+    found: dict[str, JsonValue] = {
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "num_cpus": os.cpu_count(),
+    }
+    torch: Any = sys.modules.get("torch")  # a job that has not imported it has not used a GPU
+    if torch is not None and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,7 +399,9 @@ class Manifest:
     def finished(self, clock_start: float, *, counts: dict[str, int], **figures: JsonValue) -> Manifest:
         """A copy with the outcome; `clock_start` is a reading of `time.perf_counter()`."""
         elapsed = round(time.perf_counter() - clock_start, 3)
-        return replace(self, counts=counts, figures=figures, seconds=elapsed, is_finished=True)
+        # By now the job's backend is loaded, and with it the GPU is known.
+        outcome = replace(self, counts=counts, figures=figures, hardware=_hardware())
+        return replace(outcome, seconds=elapsed, is_finished=True)
 
     def write(self, directory: Path | str, name: str = "manifest.json") -> None:
         """Write the manifest atomically."""

@@ -45,6 +45,7 @@ from whyrank.cli.printing import print_ranking, print_reranked
 from whyrank.datasets import read_corpus
 from whyrank.demo.config import DemoConfig
 from whyrank.errors import InputError, require
+from whyrank.generators import Sampling
 from whyrank.generators.opening import DEFAULT_TEMPLATE, ModelOptions
 from whyrank.progress import Progress
 from whyrank.ranking import OnUnparsed, parse_fuse
@@ -102,7 +103,9 @@ def label(
       whyrank label --pairs mined/train/pairs.jsonl --queries mined/train/queries.jsonl \\
         --corpus mined/corpus.jsonl --teacher endpoint:http://localhost:8000/v1#my-model -o labelled/
     """
+    manifest = Manifest("label", {})
     asked = _template(template)
+    options = _model_options(context)
     texts = read_pairs(pairs, queries, corpus, limit=limit, skip_bad=skip_bad)
     reranker = Reranker.load(
         teacher,
@@ -110,10 +113,10 @@ def label(
         mode=mode,
         instruction=instruction,
         max_explanation_tokens=max_explanation_tokens,
-        options=_model_options(context),
+        options=options,
     )
-    config = _judge_config(reranker, limit=limit)
-    manifest = Manifest("label", config).with_inputs(pairs, queries, corpus)
+    config = _judge_config(reranker, options, limit=limit, skip_bad=skip_bad)
+    manifest = replace(manifest, config=config).with_inputs(pairs, queries, corpus)
     done = label_files(texts, reranker.judge, out, manifest)
     if json:
         counts = done.counts.to_counts()
@@ -275,7 +278,9 @@ def rerank(
         needs_scores = parse_fuse(fuse).method in ("zscore", "minmax")
     if is_one and needs_scores:
         raise typer.BadParameter(f"--fuse {fuse} needs the scores of a --run; with --query choose none or rrf")
+    manifest = Manifest("rerank", {})
     asked = _template(template)
+    options = _model_options(context)
     candidates = None
     if run is not None:  # before the model, which may take minutes to load
         candidates = read_candidates(
@@ -296,15 +301,16 @@ def rerank(
         fuse=fuse,
         on_unparsed=on_unparsed,
         max_explanation_tokens=max_explanation_tokens,
-        options=_model_options(context),
+        options=options,
     )
     if query is not None and documents is not None:
         found = _read_documents(documents, names, limit=limit, skip_bad=skip_bad)
         _rank_one(reranker, query, found, top_k=top_k, as_json=json)
     assert candidates is not None
     assert out is not None
-    config = _judge_config(reranker, fuse=fuse, on_unparsed=on_unparsed, top_k=top_k, limit=limit)
-    manifest = Manifest("rerank", config).with_inputs(run, corpus, queries, excluded)
+    more: dict[str, JsonValue] = {"fuse": fuse, "on_unparsed": on_unparsed, "top_k": top_k, "limit": limit}
+    config = _judge_config(reranker, options, **more, field={**names}, skip_bad=skip_bad)
+    manifest = replace(manifest, config=config).with_inputs(run, corpus, queries, excluded)
     done = rerank_files(candidates, reranker, out, manifest)
     if json:
         print_json(done.to_json())
@@ -371,15 +377,18 @@ def _model_options(context: typer.Context) -> ModelOptions:
     return ModelOptions(**{option.name: context.params[option.name] for option in fields(ModelOptions)})
 
 
-def _judge_config(reranker: Reranker, **more: JsonValue) -> dict[str, JsonValue]:
+def _judge_config(reranker: Reranker, options: ModelOptions, **more: JsonValue) -> dict[str, JsonValue]:
     judge = reranker.judge
-    limits = asdict(judge.template.limits)
+    limits = judge.template.limits
+    sampling = judge.sampling or Sampling(max_tokens=limits.max_explanation_tokens)
     return {
         "model": judge.generator.name,
         "template": judge.template.version,
         "mode": judge.mode,
         "instruction": judge.instruction,
-        "limits": limits,
+        "limits": asdict(limits),
+        "sampling": asdict(sampling),
+        "options": asdict(options),
         **more,
     }
 

@@ -97,5 +97,5 @@ def label_files(texts: PairTexts, judge: Judge, out: Path, manifest: Manifest) -
             progress.advance()
     require_answers(counts.statuses["error"], counts.num_judgments, first_error)
     seconds = round(time.perf_counter() - start, 3)
-    manifest.finished(start, counts=counts.to_counts()).write(out)
+    manifest.finished(start, counts={**counts.to_counts(), "num_bad_lines": texts.num_bad_lines}).write(out)
     return Labelled(out, counts, labels, texts.num_bad_lines, first_error, seconds)

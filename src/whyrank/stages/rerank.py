@@ -246,7 +246,14 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
         first_error=first_error,
         seconds=round(time.perf_counter() - start, 3),
     )
-    manifest.finished(start, counts={**counts.to_counts(), "num_queries": outcome.num_queries}).write(out)
+    all_counts = {
+        **counts.to_counts(),
+        "num_queries": outcome.num_queries,
+        "num_excluded": outcome.num_excluded,
+        "num_bad_lines": outcome.num_bad_lines,
+        "num_without_text": outcome.num_without_text,
+    }
+    manifest.finished(start, counts=all_counts).write(out)
     return outcome
 
 
