@@ -12,7 +12,9 @@ import ir_measures
 import pytest
 from rich.console import Console
 from rich.table import Table
+from typer.testing import CliRunner
 
+from whyrank.cli import app
 from whyrank.datasets import read_excluded, read_qrels, read_queries, read_run, without_excluded
 from whyrank.errors import InputError, TooManyUnparsed
 from whyrank.evaluation import evaluate, judgments_beside, parse_measures, table, unparsed_rate
@@ -145,6 +147,13 @@ def test_all_measures_that_cannot_be_read_are_named() -> None:
     with pytest.raises(InputError, match="expected at least one measure"):
         parse_measures([])
     assert list(map(str, parse_measures(["RR", "nDCG@10", "NDCG@10", "RR(rel=1)"]))) == ["RR", "nDCG@10"]
+
+
+@pytest.mark.parametrize("measures", ["nDCG@x", "nDGC@10", "nDCG@10 P@0", "  "])
+def test_a_wrong_measure_is_wrong_use(measures: str) -> None:
+    result = CliRunner().invoke(app, ["evaluate", "none", "--qrels", "none", "--measures", measures])
+    assert result.exit_code == 2
+    assert "expected" in result.stderr
 
 
 def judgment(status: Status, number: int) -> Judgment:

@@ -16,12 +16,13 @@ from whyrank.cli.options import (
     Limit,
     Queries,
     SkipBad,
+    as_usage_error,
     console,
     existing,
     print_json,
     setting,
 )
-from whyrank.evaluation import Ties
+from whyrank.evaluation import Ties, parse_measures
 from whyrank.mining.config import MiningConfig
 from whyrank.search import Bm25Config, Bm25Method, QueryWeighting
 from whyrank.stages.evaluate import evaluate_files
@@ -64,19 +65,20 @@ def mine(
     Example:
       whyrank mine --posts Posts.xml --site ai.stackexchange.com --without-page context -o mined/
     """
-    config = MiningConfig(
-        site=site,
-        site_aliases=tuple(site_alias or ()),
-        without_page=without_page,
-        min_answer_score=min_answer_score,
-        min_document_chars=min_document_chars,
-        num_negatives=num_negatives,
-        num_random=num_random,
-        first_rank=first_rank,
-        last_rank=last_rank,
-        test_fraction=test_fraction,
-        seed=seed,
-    )
+    with as_usage_error():
+        config = MiningConfig(
+            site=site,
+            site_aliases=tuple(site_alias or ()),
+            without_page=without_page,
+            min_answer_score=min_answer_score,
+            min_document_chars=min_document_chars,
+            num_negatives=num_negatives,
+            num_random=num_random,
+            first_rank=first_rank,
+            last_rank=last_rank,
+            test_fraction=test_fraction,
+            seed=seed,
+        )
     manifest = mine_files(posts, out, config, pages=pages or (), exclude=exclude or (), limit=limit, skip_bad=skip_bad)
     if json:
         print_json({"out": str(out), "counts": manifest.counts, "seconds": manifest.seconds})
@@ -117,15 +119,16 @@ def search(
     Example:
       whyrank search --corpus docs.jsonl --queries queries.jsonl --top-k 100 -o bm25.trec
     """
-    config = Bm25Config(
-        k1=k1,
-        b=b,
-        method=method,
-        delta=delta,
-        query_weighting=query_weighting,
-        stemmer=stemmer,
-        stop_words=stop_words,
-    )
+    with as_usage_error():
+        config = Bm25Config(
+            k1=k1,
+            b=b,
+            method=method,
+            delta=delta,
+            query_weighting=query_weighting,
+            stemmer=stemmer,
+            stop_words=stop_words,
+        )
     found = search_files(
         corpus, queries, out, top_k=top_k, config=config, excluded=excluded, limit=limit, skip_bad=skip_bad
     )
@@ -159,17 +162,20 @@ def evaluate(
 ) -> None:
     """Measure runs against relevance judgments.
 
-    Queries that a run lacks count as 0. Where a judgments.jsonl lies beside a run, the share of unreadable
-    judgments is shown, and above --allow-unparsed nothing is measured.
+    Queries that a run lacks count as 0. For a run that rerank wrote, with its judgments.jsonl beside it, the share
+    of unreadable judgments is shown, and above --allow-unparsed nothing is measured.
 
     \b
     Example:
       whyrank evaluate --qrels qrels.txt bm25.trec out/run.trec --measures "nDCG@10 R@100"
     """
+    asked = measures.split()
+    with as_usage_error():
+        parse_measures(asked)
     evaluation = evaluate_files(
         runs,
         qrels,
-        measures.split(),
+        asked,
         ties=ties,
         allow_unparsed=allow_unparsed,
         excluded=excluded,
