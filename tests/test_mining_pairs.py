@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from lxml import etree
+from typer.testing import CliRunner
 
+from whyrank.cli import app
 from whyrank.errors import InputError
 from whyrank.mining.config import MiningConfig
 from whyrank.mining.corpus import Attribution
@@ -22,6 +26,7 @@ from whyrank.mining.pages import Page, PageStore
 from whyrank.mining.pairs import Mined, is_test, mine
 from whyrank.mining.stackexchange import Post, links_of, read_posts
 from whyrank.records import Document, Pair, Query, ScoredDocument
+from whyrank.stages.mine import mine_files
 from whyrank.store import read_json, read_jsonl
 
 SITE = "kites.stackexchange.com"
@@ -340,6 +345,29 @@ def test_no_question_moves_when_the_dump_grows() -> None:
 def tree(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_the_manifest_tells_of_the_whole_command(tmp_path: Path) -> None:
+    rows = (f'<row Id="{n}" PostTypeId="1" CreationDate="2019-01-01" Title="t" Body="b" />' for n in (1, 2, 3))
+    posts, exclude = tmp_path / "Posts.xml", tmp_path / "queries.tsv"
+    posts.write_text(f"<posts>{''.join(rows)}</posts>")
+    exclude.write_text("q1\twhy do kites fly\n")
+    begun = datetime.now(UTC).replace(microsecond=0)
+    returned = mine_files(posts, tmp_path / "out", CONFIG, exclude=[exclude], limit=2, skip_bad=True)
+    found = read_json(tmp_path / "out" / "manifest.json")
+    assert found["config"] == {**json.loads(json.dumps(asdict(CONFIG))), "limit": 2, "skip_bad": True}
+    assert set(found["inputs"]) == {str(posts), str(exclude)}
+    assert (found["seed"], found["is_finished"], found["started"]) == (CONFIG.seed, True, returned.started)
+    assert begun <= datetime.fromisoformat(found["started"]) <= datetime.now(UTC)
+    assert (found["counts"]["questions"], found["counts"]["lines.bad"]) == (2, 0)
+    assert found["counts"]["train.queries"] == 0  # what writing counts is there too
+
+
+@pytest.mark.parametrize("words", [["--site", "nohost"], ["--site", "a.b", "--first-rank", "0"]])
+def test_wrong_values_are_wrong_use(words: list[str]) -> None:
+    result = CliRunner().invoke(app, ["mine", "--posts", "none", "-o", "none", *words])
+    assert result.exit_code == 2
+    assert ": expected " in result.stderr
 
 
 def test_what_is_written(tmp_path: Path) -> None:

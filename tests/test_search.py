@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import bm25s  # type: ignore[import-untyped]
@@ -11,12 +12,16 @@ import ir_measures
 import numpy as np
 import pytest
 import Stemmer  # type: ignore[import-not-found]
+from typer.testing import CliRunner
 
+from whyrank.cli import app
 from whyrank.datasets import read_corpus, read_qrels, read_queries
 from whyrank.errors import InputError
 from whyrank.evaluation import evaluate
 from whyrank.records import Document, Query, ScoredDocument
 from whyrank.search import Bm25Config, Bm25Index, Bm25Method
+from whyrank.stages.search import search_files
+from whyrank.store import read_json, write_jsonl
 
 PLAIN = Bm25Config(k1=1.2, b=0.75, stemmer="none", stop_words="none")
 DOCUMENTS = [
@@ -113,6 +118,52 @@ def test_what_is_refused() -> None:
         index.search([Query("q", "soil")], 0)
     with pytest.raises(InputError, match="every query id once, found 'q' twice"):
         index.search([Query("q", "soil"), Query("q", "wet")])
+
+
+def test_a_search_tells_how_it_was_made(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "docs.jsonl", DOCUMENTS)
+    write_jsonl(
+        tmp_path / "queries.jsonl",
+        [Query("q1", "soil", ("d1", "elsewhere")), Query("q2", "absent"), Query("q3", "wet")],
+    )
+    with (tmp_path / "docs.jsonl").open("a") as corpus:
+        corpus.write("{oops\n")
+    (tmp_path / "excluded").write_text("q1 d2\nq1 d1\n")
+    begun = datetime.now(UTC).replace(microsecond=0)
+    found = search_files(
+        tmp_path / "docs.jsonl",
+        tmp_path / "queries.jsonl",
+        tmp_path / "bm25.trec",
+        top_k=7,
+        config=PLAIN,
+        excluded=tmp_path / "excluded",
+        limit=2,
+        skip_bad=True,
+    )
+    manifest = read_json(tmp_path / "bm25.trec.manifest.json")
+    # "soil" stands in d1, d2 and d3; d1 and d2 are excluded, and "elsewhere" is no document. "absent" is in none.
+    assert manifest["counts"] == {
+        "documents": 4,
+        "queries": 2,
+        "empty_queries": 1,
+        "excluded": 2,
+        "lines": 1,
+        "bad_lines": 1,
+    }
+    assert manifest["config"] == {"top_k": 7, "limit": 2, "skip_bad": True, **asdict(PLAIN)}
+    assert set(manifest["inputs"]) == {str(tmp_path / name) for name in ("docs.jsonl", "queries.jsonl", "excluded")}
+    assert manifest["seconds"] == found.seconds
+    assert begun <= datetime.fromisoformat(manifest["started"]) <= datetime.now(UTC)
+
+
+@pytest.mark.parametrize(
+    "words", [["--b", "2"], ["--k1", "-1"], ["--stemmer", "klingon"], ["--stop-words", "klingon"]], ids=lambda w: w[0]
+)
+def test_wrong_values_are_wrong_use(words: list[str]) -> None:
+    paths = ["--corpus", "none", "--queries", "none", "-o", "none/bm25.trec"]
+    result = CliRunner().invoke(app, ["search", *paths, *words])
+    assert result.exit_code == 2
+    assert "expected " in result.stderr
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:

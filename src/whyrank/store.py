@@ -375,7 +375,8 @@ class Manifest:
     """How a directory of artefacts came to be; written as `manifest.json` beside them.
 
     `inputs` maps each input file to its SHA-256; `counts` holds numbers of records read, written and failed;
-    `seconds` is wall time of the last invocation.
+    `seconds` is wall time of the last invocation; `started` is when the manifest was made, so that a stage makes it
+    first.
     """
 
     stage: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -43,6 +43,8 @@ def mine_files(
         InputError: a file cannot be read.
     """
     start = time.perf_counter()
+    manifest = Manifest("mine", {**asdict(config), "limit": limit, "skip_bad": skip_bad}, seed=config.seed)
+    manifest = manifest.with_inputs(posts, *pages, *exclude)
     counts: Counter[str] = Counter()
     bad = BadLines() if skip_bad else None
     texts = [query.text for path in exclude for query in read_queries(path, bad=bad)]
@@ -54,6 +56,9 @@ def mine_files(
                 yield post
 
         mined = mine(counted(), PageStore.read(*pages, bad=bad), config, exclude_texts=texts, counts=counts)
-    if bad is not None:
-        mined = replace(mined, counts={**mined.counts, "lines.bad": bad.count})
-    return write(mined, out, config, inputs=(posts, *pages, *exclude), clock_start=start)
+    written = write(mined, out, config, clock_start=start)
+    counted_bad = {"lines.bad": bad.count} if bad is not None else {}
+    # In place of the one that tells of the writing alone: it knows the inputs, every option and when it all began.
+    manifest = manifest.finished(start, counts={**written.counts, **counted_bad})
+    manifest.write(out)
+    return manifest

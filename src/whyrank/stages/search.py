@@ -41,6 +41,9 @@ def search_files(
 ) -> Searched:
     """Index `corpus`, search `queries`, write the run to `out` (TREC, or JSON where the name ends in .json).
 
+    Beside it, `<name of the run>.manifest.json` tells how. Its count `excluded` is of pairs: documents of the corpus
+    that were not to be returned for a query.
+
     Args:
         top_k: documents per query.
         config: how BM25 counts.
@@ -52,6 +55,8 @@ def search_files(
         InputError: a file cannot be read, or an id cannot be written.
     """
     start = time.perf_counter()
+    manifest = Manifest("search", {"top_k": top_k, "limit": limit, "skip_bad": skip_bad, **asdict(config)})
+    manifest = manifest.with_inputs(corpus, queries, excluded)
     bad = BadLines() if skip_bad else None
     more = read_excluded(excluded, bad=bad) if excluded else {}
     asked = [
@@ -61,16 +66,25 @@ def search_files(
     index = Bm25Index.build(read_corpus(corpus, bad=bad), config)
     run = index.search(asked, top_k)
     write_run(out, run, tag="whyrank-bm25")
-    counts = {"documents": len(index.doc_ids), "queries": len(asked), "empty_queries": index.num_empty_queries}
-    manifest = Manifest("search", {"top_k": top_k, "limit": limit, **asdict(config)})
-    manifest = manifest.with_inputs(corpus, queries, excluded).finished(start, counts=counts)
+    num_lines = sum(map(len, run.values()))
+    num_bad_lines = bad.count if bad else 0
+    known = set(index.doc_ids)
+    counts = {
+        "documents": len(index.doc_ids),
+        "queries": len(asked),
+        "empty_queries": index.num_empty_queries,
+        "excluded": sum(len(known.intersection(query.excluded_doc_ids)) for query in asked),
+        "lines": num_lines,
+        "bad_lines": num_bad_lines,
+    }
+    manifest = manifest.finished(start, counts=counts)
     manifest.write(out.parent, f"{out.name}.manifest.json")
     return Searched(
         run=out,
         num_documents=len(index.doc_ids),
         num_queries=len(asked),
         num_empty_queries=index.num_empty_queries,
-        num_lines=sum(len(lines) for lines in run.values()),
-        num_bad_lines=bad.count if bad else 0,
-        seconds=round(time.perf_counter() - start, 3),
+        num_lines=num_lines,
+        num_bad_lines=num_bad_lines,
+        seconds=manifest.seconds,
     )
