@@ -28,6 +28,7 @@ from whyrank.generators.scripted import ScriptedAnswer
 from whyrank.records import Document, Judgment, Pair, Query
 from whyrank.store import Manifest, read_jsonl, write_jsonl
 from whyrank.template import Template
+from whyrank.training.config import DistillConfig
 
 # Of "yellow leaves plant" the documents hold 1, 3 and 0 words; thirds give the labels 1, 2 and 0 by overlap.
 QUERIES = [Query("q1", "yellow leaves plant"), Query("q2", "flat bread")]
@@ -496,7 +497,20 @@ def test_distill_then_rerank_with_the_student() -> None:
     assert (found["checkpoint"], found["num_examples"], found["num_left_out"]) == ("student", 6, 0)
     assert [step["step"] for step in found["history"]] == [1, 2]
     assert sorted(found["history"][0]) == ["learning_rate", "loss", "num_tokens", "seconds", "step"]
-    assert json.loads(Path("student/manifest.json").read_text())["counts"] == {"num_examples": 6, "num_left_out": 0}
+    manifest = json.loads(Path("student/manifest.json").read_text())
+    template = Template.load("almanac")
+    asked_for = replace(
+        DistillConfig(), num_steps=2, batch_size=2, save_every=1, device="cpu", modes=("explain", "direct")
+    )
+    assert manifest["config"] == {
+        **json.loads(json.dumps(asdict(asked_for))),
+        "template": template.version,
+        "limits": asdict(template.limits),
+        "limit": None,
+    }
+    # Three judgments, each taught in two modes.
+    assert manifest["counts"] == {"num_judgments": 3, "num_examples": 6, "num_left_out": 0}
+    assert manifest["figures"] == {"num_parameters": found["num_parameters"]}
     again = run(*learn)
     assert "6 examples (0 judgments without a label left out)" in again.stdout
     asked = ("rerank", "--run", "run.trec", *TEXTS, "--model", "student", "--mode", "direct", "-o", "out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -35,10 +35,14 @@ def distill_files(
 ) -> Distilled:
     """Train a student on judgments from one or more files, into `out`; `out/log.jsonl` holds the loss curve.
 
+    `config`, the template and `limit` are added to the manifest's config.
+
     Raises:
         InputError: a file cannot be read, or a judgment's texts are in none of the files.
     """
     start = time.perf_counter()
+    resolved = {**asdict(config), "template": template.version, "limits": asdict(template.limits), "limit": limit}
+    manifest = replace(manifest, config={**manifest.config, **json.loads(json.dumps(resolved))})
     known = list(islice((judgment for path in judgments for judgment in read_jsonl(path, Judgment)), limit))
     wanted = {judgment.doc_id for judgment in known}
     asked: dict[str, Query] = {}
@@ -50,17 +54,23 @@ def distill_files(
         for document in read_corpus(path):
             if document.doc_id in wanted:
                 _add(documents, document.doc_id, document, path)
+    has_begun = False
     with Progress(f"distilling into {out}", config.num_steps) as progress:
 
         def on_step(step: Step) -> None:
+            nonlocal has_begun
+            if not has_begun:  # not earlier: a folder that is refused keeps the manifest of its own checkpoint
+                manifest.write(out)
+                has_begun = True
             progress.advance(note=f"loss {step.loss:.3f}")
 
         result = distill(known, asked, documents, template, out, config, on_step=on_step)
-    counts = {"num_examples": result.num_examples, "num_left_out": result.num_left_out}
-    finished = manifest.finished(
-        start, counts=counts, num_parameters=result.num_parameters, config=json.loads(json.dumps(asdict(config)))
-    )
-    finished.write(out)
+    counts = {
+        "num_judgments": len(known),
+        "num_examples": result.num_examples,
+        "num_left_out": result.num_left_out,
+    }
+    manifest.finished(start, counts=counts, num_parameters=result.num_parameters).write(out)
     return result
 
 
