@@ -36,6 +36,7 @@ from whyrank.cli.options import (
     SkipBad,
     TemplateOption,
     Timeout,
+    as_usage_error,
     console,
     existing,
     print_json,
@@ -44,7 +45,7 @@ from whyrank.cli.options import (
 from whyrank.cli.printing import print_ranking, print_reranked
 from whyrank.datasets import read_corpus
 from whyrank.demo.config import DemoConfig
-from whyrank.errors import InputError, require
+from whyrank.errors import require
 from whyrank.generators import Sampling
 from whyrank.generators.opening import DEFAULT_TEMPLATE, ModelOptions
 from whyrank.progress import Progress
@@ -182,7 +183,7 @@ def distill(
     require("transformers", "train")
     from whyrank.stages.distill import distill_files
 
-    with _as_usage_error():
+    with as_usage_error():
         config = replace(
             DISTILL,
             model=model,
@@ -274,7 +275,7 @@ def rerank(
     if is_one and (corpus, queries, excluded) != (None, None, None):
         raise typer.BadParameter("--corpus, --queries and --excluded go with --run, not with --query")
     names = _parse_fields(field or [])
-    with _as_usage_error():
+    with as_usage_error():
         needs_scores = parse_fuse(fuse).method in ("zscore", "minmax")
     if is_one and needs_scores:
         raise typer.BadParameter(f"--fuse {fuse} needs the scores of a --run; with --query choose none or rrf")
@@ -368,7 +369,7 @@ def _rank_one(
 
 
 def _template(name: str | None) -> Template | None:
-    with _as_usage_error():
+    with as_usage_error():
         return None if name is None else Template.load(name)
 
 
@@ -405,15 +406,6 @@ def _parse_fields(texts: Sequence[str]) -> dict[str, str]:
     if len(fields) < len(texts) or not set(fields) <= {"doc_id", "text", "title"}:
         raise typer.BadParameter(f"--field: expected doc_id=NAME, text=NAME or title=NAME, found {', '.join(texts)}")
     return fields
-
-
-@contextmanager
-def _as_usage_error() -> Iterator[None]:
-    """An option whose value is refused by the library was used wrongly."""
-    try:
-        yield
-    except InputError as cause:
-        raise typer.BadParameter(str(cause)) from cause
 
 
 def _read_documents(documents: Path, fields: Mapping[str, str], *, limit: int | None, skip_bad: bool) -> list[Document]:
