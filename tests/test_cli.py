@@ -417,6 +417,7 @@ def test_evaluate_json_is_exactly_this() -> None:
                 "name": "run.trec",
                 "queries": 3,
                 "missing": 1,
+                "without_qrels": 0,
                 "values": {"RR@10": pytest.approx((1 / 3 + 1 / 2) / 3), "P@1": 0.0},
                 "unparsed_rate": None,
             },
@@ -424,6 +425,7 @@ def test_evaluate_json_is_exactly_this() -> None:
                 "name": "out/run.trec",
                 "queries": 3,
                 "missing": 1,
+                "without_qrels": 0,
                 "values": {"RR@10": pytest.approx(2 / 3), "P@1": pytest.approx(2 / 3)},
                 "unparsed_rate": 0.0,
             },
@@ -583,6 +585,7 @@ def test_the_whole_road_on_a_real_dump(tmp_path: Path, shared_data: Path, monkey
         (["distill", "--judgments", "x", *TEXTS, "-o", "y", "--template", "none"], "no template 'none'"),
         (["evaluate", "--qrels", "qrels.txt"], "Missing argument"),
         (["evaluate", "--qrels", "qrels.txt", "run.trec", "--ties", "random"], "--ties"),
+        (["evaluate", "--qrels", "qrels.txt", "run.trec", "--measures", "nDGC"], "expected measures like nDCG@10"),
         (["guess"], "No such command"),
     ],
 )
@@ -605,7 +608,6 @@ def test_wrong_use_exits_with_2(words: Sequence[str], message: str) -> None:
         (["rerank", "--run", "rankgpt.json", "--field", "text=t", "--model", "overlap", "-o", "out"], "--field names"),
         (["rerank", "--query", "q", "--documents", "qrels.txt", "--model", "overlap"], "qrels.txt: expected documents"),
         (["evaluate", "--qrels", "qrels.txt", "run.trec", "run.trec"], "expected each run once"),
-        (["evaluate", "--qrels", "qrels.txt", "run.trec", "--measures", "nDGC"], "expected measures like nDCG@10"),
         (["search", *TEXTS, "-o", "docs.jsonl/bm25.trec"], "docs.jsonl"),
     ],
 )
