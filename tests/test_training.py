@@ -189,11 +189,13 @@ def test_answer_loss_is_the_mean_over_answer_tokens() -> None:
 
 
 def test_learning_rate_by_hand() -> None:
-    config = replace(CONFIG, learning_rate=1.0, num_warmup_steps=4, num_steps=8)
+    config = replace(CONFIG, learning_rate=1.0, num_warmup_steps=4, num_steps=8, decay_fraction=0.5)
     # Rise by quarters, then 4/4, 3/4, 2/4 and 1/4 of the way are left.
     expected = [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert [learning_rate_at(step, config) for step in range(8)] == pytest.approx(expected)
-    no_warmup = replace(config, num_warmup_steps=0, num_steps=2)
+    late = replace(config, num_warmup_steps=2, decay_fraction=0.25)  # the last two steps: 2/2 and 1/2 are left
+    assert [learning_rate_at(step, late) for step in range(8)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.5])
+    no_warmup = replace(config, num_warmup_steps=0, num_steps=2, decay_fraction=1.0)
     assert [learning_rate_at(step, no_warmup) for step in range(2)] == pytest.approx([1.0, 0.5])
 
 
@@ -207,6 +209,8 @@ def test_learning_rate_by_hand() -> None:
         {"learning_rate": math.nan},
         {"num_warmup_steps": -1},
         {"weight_decay": -0.1},
+        {"decay_fraction": 0.0},
+        {"decay_fraction": 1.5},
         {"modes": ()},
     ],
 )

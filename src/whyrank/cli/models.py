@@ -154,6 +154,7 @@ def distill(
     batch_size: Annotated[int, setting(DistillConfig, "batch_size")] = DISTILL.batch_size,
     learning_rate: Annotated[float, setting(DistillConfig, "learning_rate")] = DISTILL.learning_rate,
     num_warmup_steps: Annotated[int, setting(DistillConfig, "num_warmup_steps")] = DISTILL.num_warmup_steps,
+    decay_fraction: Annotated[float, setting(DistillConfig, "decay_fraction")] = DISTILL.decay_fraction,
     weight_decay: Annotated[float, setting(DistillConfig, "weight_decay")] = DISTILL.weight_decay,
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], setting(DistillConfig, "precision")
@@ -192,6 +193,7 @@ def distill(
             batch_size=batch_size,
             learning_rate=learning_rate,
             num_warmup_steps=num_warmup_steps,
+            decay_fraction=decay_fraction,
             weight_decay=weight_decay,
             precision=precision,
             device=device,

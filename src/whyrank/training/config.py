@@ -47,9 +47,11 @@ class DistillConfig:
     batch_size: int = 64
     """Examples per step."""
     learning_rate: float = 3e-3
-    """Peak learning rate; it decays linearly to zero. 3e-3 suits tiny models from scratch, 1e-5 pretrained ones."""
+    """Peak learning rate. 3e-3 suits tiny models from scratch, 1e-5 pretrained ones."""
     num_warmup_steps: int = 40
     """Steps over which the learning rate rises from zero."""
+    decay_fraction: float = 0.3
+    """Share of the steps, at the end, over which the learning rate falls linearly to zero; 1 is from the start."""
     weight_decay: float = 0.01
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
@@ -75,5 +77,7 @@ class DistillConfig:
         for name in ("num_warmup_steps", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"expected {name} of at least 0, found {getattr(self, name)}")
+        if not 0 < self.decay_fraction <= 1:
+            raise InputError(f"expected decay_fraction above 0 and at most 1, found {self.decay_fraction}")
         if not self.modes:
             raise InputError("expected at least one mode to learn, explain or direct, found none")

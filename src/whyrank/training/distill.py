@@ -168,11 +168,14 @@ def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def learning_rate_at(step: int, config: DistillConfig) -> float:
-    """Linear rise over the warm-up, then linear decay; step 0 is the first and never has rate 0."""
+    """Linear rise over the warm-up, the peak until `decay_fraction` of the steps is left, then linear decay.
+
+    Step 0 is the first; no step has rate 0.
+    """
     if step < config.num_warmup_steps:
         return config.learning_rate * (step + 1) / config.num_warmup_steps
-    remaining = config.num_steps - step
-    return config.learning_rate * remaining / max(1, config.num_steps - config.num_warmup_steps)
+    num_decay = max(1, round(config.num_steps * config.decay_fraction))
+    return config.learning_rate * min(1.0, (config.num_steps - step) / num_decay)
 
 
 def _student(
