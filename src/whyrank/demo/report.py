@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from whyrank.almanac import Collection
 from whyrank.demo.systems import Row
+from whyrank.records import Mode
 from whyrank.rerank import Ranking
 from whyrank.store import atomic_path
 from whyrank.training.distill import Distilled, Step
@@ -26,7 +27,7 @@ INK, ACCENT, QUIET = "#22303c", "#2f6f8f", "#c9d3da"
 def write_report(
     path: Path,
     rows: Sequence[Row],
-    curves: Mapping[str, Distilled],
+    curves: Mapping[Mode, Distilled],
     ranking: Ranking,
     collection: Collection,
     facts: Mapping[str, str],

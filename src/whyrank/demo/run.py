@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 
 from pydantic import JsonValue
 from rich.console import Console
@@ -23,23 +22,18 @@ from whyrank.almanac import Collection, build
 from whyrank.almanac.gold import gold_judgments
 from whyrank.demo.config import DemoConfig
 from whyrank.demo.report import write_report
+from whyrank.demo.students import train_students
 from whyrank.demo.systems import MEASURE, Row, bm25_row, candidates_of, random_row, student_row
 from whyrank.generators.hf import HfGenerator
-from whyrank.generators.hf.chat import ChatTokens
-from whyrank.generators.hf.load import load_tokenizer
 from whyrank.records import Judgment, Mode
 from whyrank.rerank import Ranking, Reranker
-from whyrank.stages.distill import distill_files
 from whyrank.store import Manifest, atomic_path, read_jsonl, write_jsonl
 from whyrank.template import Template
-from whyrank.training.config import DistillConfig
 from whyrank.training.distill import Distilled
-from whyrank.training.examples import examples_of
 
 __all__ = ["DemoOutcome", "run_demo"]
 
 TEMPLATE = "almanac"
-BASE = DistillConfig(device="cpu")
 NUM_SHOWN = 5
 RANKING_BATCH = 48
 
@@ -66,9 +60,10 @@ class DemoOutcome:
         for result in self.example[:NUM_SHOWN]:
             label, gold = result.label, self.gold[result.id]
             screen.print(Text(f"\n{result.rank}. {result.passage}"))
-            screen.print(Padding(Text(f"why: {result.explanation}", style="italic"), (0, 0, 0, 3)))
+            screen.print(Padding(Text(f"why: {result.explanation}", style="italic"), (0, 0, 0, 3)), soft_wrap=False)
             score = "none" if result.score is None else f"{result.score:.3f}"
-            screen.print(Padding(Text(f"score {score}, label {label}, gold label {gold}", style="dim"), (0, 0, 0, 3)))
+            verdict = Text(f"score {score}, label {label}, gold label {gold}", style="dim")
+            screen.print(Padding(verdict, (0, 0, 0, 3)), soft_wrap=False)
         screen.print(f"\nreport: {self.out / 'report.html'} ({self.seconds:.0f} s in all)")
 
 
@@ -89,9 +84,7 @@ def run_demo(out: Path, config: DemoConfig) -> DemoOutcome:
     template = Template.load(TEMPLATE)
     gold = out / "data" / "train" / "judgments.jsonl"
     write_jsonl(gold, gold_judgments(train, template, num_irrelevant=config.num_irrelevant, seed=config.seed))
-    explain = _train(out, "explain", config.num_steps, template, config)
-    num_direct = _steps_for_same_compute(out, train, template, explain)
-    curves = {"explain": explain, "direct": _train(out, "direct", num_direct, template, config)}
+    curves = train_students(out / "data" / "train", out / "students", template, config)
     rows = [random_row(test, config.seed), bm25_row(test)]
     students = {mode: _student(out, mode, template) for mode in ("direct", "explain")}
     rows += [student_row(test, reranker, mode, out / mode) for mode, reranker in students.items()]
@@ -108,33 +101,10 @@ def run_demo(out: Path, config: DemoConfig) -> DemoOutcome:
         temporary.write_text(json.dumps(outcome.to_json(), indent=2) + "\n", encoding="utf-8")
     write_report(out / "report.html", outcome.rows, curves, example, test, _facts(config, train, test, curves, outcome))
     manifest = Manifest("demo", {**asdict(config), "domains": list(config.domains)}, seed=config.seed)
-    manifest.finished(start, counts={"train_pairs": explain.num_examples, "test_pairs": len(test.labels)}).write(out)
+    manifest.finished(
+        start, counts={"train_pairs": curves["explain"].num_examples, "test_pairs": len(test.labels)}
+    ).write(out)
     return outcome
-
-
-def _train(out: Path, mode: Mode, num_steps: int, template: Template, config: DemoConfig) -> Distilled:
-    data = out / "data" / "train"
-    settings = replace(BASE, modes=(mode,), num_steps=num_steps, seed=config.seed)
-    return distill_files(
-        [data / "judgments.jsonl"],
-        [data / "queries.jsonl"],
-        [data / "corpus.jsonl"],
-        template,
-        out / "students" / mode,
-        settings,
-        Manifest("distill", {}, seed=config.seed),
-    )
-
-
-def _steps_for_same_compute(out: Path, train: Collection, template: Template, explain: Distilled) -> int:
-    """How many steps of direct examples hold as many tokens as the explaining student was trained on."""
-    tokens = ChatTokens(load_tokenizer(explain.checkpoint))
-    judgments = read_jsonl(out / "data" / "train" / "judgments.jsonl", Judgment)
-    queries = {query.query_id: query for query in train.queries}
-    documents = {document.doc_id: document for document in train.documents}
-    direct = examples_of(judgments, queries, documents, template, tokens, ("direct",))
-    num_direct = fmean(len(example.ids) for example in direct) * BASE.batch_size
-    return round(sum(step.num_tokens for step in explain.history) / num_direct)
 
 
 def _student(out: Path, mode: Mode, template: Template) -> Reranker:
@@ -153,7 +123,7 @@ def _example(test: Collection, reranker: Reranker, folder: Path) -> Ranking:
 
 
 def _facts(
-    config: DemoConfig, train: Collection, test: Collection, curves: Mapping[str, Distilled], outcome: DemoOutcome
+    config: DemoConfig, train: Collection, test: Collection, curves: Mapping[Mode, Distilled], outcome: DemoOutcome
 ) -> dict[str, str]:
     explain, direct = curves["explain"], curves["direct"]
     tokens = [sum(step.num_tokens for step in student.history) for student in (explain, direct)]

@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from whyrank.checkpoint import CARD_NAME, Card, read_card
 from whyrank.errors import InputError
@@ -33,7 +33,7 @@ from whyrank.training.config import DistillConfig
 from whyrank.training.examples import IGNORED, Example, collate, examples_of, is_teachable
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
 
-__all__ = ["Distilled", "Step", "distill", "learning_rate_at"]
+__all__ = ["Distilled", "Step", "distill", "learning_rate_at", "student_tokenizer"]
 
 LOG_NAME = "log.jsonl"
 ROOM_FOR_WORDS = 1024  # tokens for a template's own words
@@ -178,6 +178,22 @@ def learning_rate_at(step: int, config: DistillConfig) -> float:
     return config.learning_rate * min(1.0, (config.num_steps - step) / num_decay)
 
 
+def student_tokenizer(
+    judgments: Sequence[Judgment],
+    queries: Mapping[str, Query],
+    documents: Mapping[str, Document],
+    template: Template,
+    vocab_size: int,
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a student from scratch, learned from everything that it will read and write."""
+    texts = [text for label in template.scale.labels for text in (template.answer(label, ""),) * len(judgments)]
+    texts += [query.text for query in queries.values()]
+    texts += [document.full_text for document in documents.values()]
+    texts += [f" {judgment.explanation}" for judgment in judgments]
+    texts += [template.prompt.task, template.prompt.query_heading, template.prompt.document_heading]
+    return tiny_tokenizer(texts, vocab_size)
+
+
 def _student(
     judgments: Sequence[Judgment],
     queries: Mapping[str, Query],
@@ -188,12 +204,7 @@ def _student(
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     if config.model != "tiny":
         return load_tokenizer(config.model), load_model(config.model, device, torch.float32)
-    texts = [text for label in template.scale.labels for text in (template.answer(label, ""),) * len(judgments)]
-    texts += [query.text for query in queries.values()]
-    texts += [document.full_text for document in documents.values()]
-    texts += [f" {judgment.explanation}" for judgment in judgments]
-    texts += [template.prompt.task, template.prompt.query_heading, template.prompt.document_heading]
-    tokenizer = tiny_tokenizer(texts, config.tiny.vocab_size)
+    tokenizer = student_tokenizer(judgments, queries, documents, template, config.tiny.vocab_size)
     # Positions cost nothing: whatever the template's limits admit must fit.
     limits = template.limits
     longest = limits.max_query_tokens + limits.max_document_tokens + limits.max_explanation_tokens
