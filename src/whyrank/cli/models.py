@@ -160,6 +160,7 @@ def distill(
         Literal["auto", "float32", "bfloat16"], setting(DistillConfig, "precision")
     ] = DISTILL.precision,
     device: Annotated[DeviceName, setting(DistillConfig, "device")] = DISTILL.device,
+    num_threads: Annotated[int, setting(DistillConfig, "num_threads")] = DISTILL.num_threads,
     save_every: Annotated[int, setting(DistillConfig, "save_every")] = DISTILL.save_every,
     seed: Annotated[int, setting(DistillConfig, "seed")] = DISTILL.seed,
     vocab_size: Annotated[int, setting(TinyConfig, "vocab_size")] = TINY.vocab_size,
@@ -197,6 +198,7 @@ def distill(
             weight_decay=weight_decay,
             precision=precision,
             device=device,
+            num_threads=num_threads,
             save_every=save_every,
             seed=seed,
             tiny=TinyConfig(vocab_size, hidden_size, num_layers, num_heads, intermediate_size),

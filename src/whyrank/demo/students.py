@@ -12,8 +12,6 @@ from pathlib import Path
 from queue import Empty, Queue
 from statistics import fmean
 
-import torch
-
 from whyrank.datasets import read_corpus, read_queries
 from whyrank.demo.config import DemoConfig
 from whyrank.generators.hf.chat import ChatTokens
@@ -77,9 +75,9 @@ def _train(
     steps: Queue[Step],
 ) -> Distilled:
     """One student, in a process of its own."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(MODES)))
     judgments, queries, documents = _read(data)
-    settings = replace(BASE, modes=(mode,), num_steps=num_steps, seed=seed)
+    num_threads = max(1, (os.cpu_count() or 1) // len(MODES))
+    settings = replace(BASE, modes=(mode,), num_steps=num_steps, seed=seed, num_threads=num_threads)
     taught = Template.from_dict(template, where="the demo")
     return distill(judgments, queries, documents, taught, out, settings, on_step=steps.put)
 

@@ -60,6 +60,8 @@ class DistillConfig:
     """Matrix products; weights stay float32. auto is bfloat16 where the hardware multiplies it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto prefers CUDA, then MPS, then the CPU."""
+    num_threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
     save_every: int = 200
     """Steps between the states from which a killed run resumes."""
     seed: int = 0
@@ -74,7 +76,7 @@ class DistillConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"expected {name} above 0, found {getattr(self, name)}")
-        for name in ("num_warmup_steps", "weight_decay"):
+        for name in ("num_warmup_steps", "weight_decay", "num_threads"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"expected {name} of at least 0, found {getattr(self, name)}")
         if not 0 < self.decay_fraction <= 1:

@@ -87,6 +87,8 @@ def distill(
     Raises:
         InputError: nothing to learn from, or an example does not fit the model.
     """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
     tokenizer, model = _student(judgments, queries, documents, template, config, device)
     tokens = ChatTokens(tokenizer)
