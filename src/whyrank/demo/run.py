@@ -70,7 +70,7 @@ class DemoOutcome:
 def run_demo(out: Path, config: DemoConfig) -> DemoOutcome:
     """Build data, train both students, rank, measure, and write everything into `out`.
 
-    A demo that was killed continues with the student it was training.
+    A demo that was killed continues where its students last saved their states.
 
     Raises:
         WhyrankError: a stage failed.
