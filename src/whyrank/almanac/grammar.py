@@ -37,6 +37,8 @@ __all__ = [
 
 T = TypeVar("T")
 REPEAT_PROBABILITY = 0.4
+SHARE_IN_ONE_BREATH = 0.2  # of queries whose place and trouble are one sentence
+SHARES_OF_MORE = (0.5, 0.2, 0.05)  # of documents with at least one, two, three sentences more than the two
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +105,30 @@ def draw_query(
 
 
 def query_text(rng: Random, facts: QueryFacts, domain: Domain, common: Common) -> str:
-    """A forum post: place and trouble in either order, with an opening before them, a detail that does not matter
-    after them, or (in half of the posts) both."""
+    """A forum post of one to four sentences: place and trouble in either order or in one breath; an opening before
+    them and a detail that does not matter after them come in half of the posts each."""
     place = pick(rng, domain.query_frames).format(thing=facts.thing)
     trouble = pick(rng, common.connections).format(first=facts.phrases[0], second=facts.phrases[1])
-    body = [place, trouble] if rng.random() < 0.5 else [trouble, place]
-    opening, detail = pick(rng, common.openings), pick(rng, common.details)
-    shape = rng.random()
-    if shape < 0.5:
-        return " ".join([opening, *body, detail])
-    return " ".join([opening, *body] if shape < 0.75 else [*body, detail])
+    order = rng.random()
+    if order < SHARE_IN_ONE_BREATH:
+        body = [f"{trouble.removesuffix('.')}, and {_continued(place)}"]
+    else:
+        body = [place, trouble] if order < (1 + SHARE_IN_ONE_BREATH) / 2 else [trouble, place]
+    if rng.random() < 0.5:
+        body = [pick(rng, common.openings), *body]
+    if rng.random() < 0.5:
+        body = [*body, pick(rng, common.details)]
+    return " ".join(_begun(sentence) for sentence in body)
+
+
+def _begun(sentence: str) -> str:
+    """With a capital letter, whatever it begins with."""
+    return sentence[0].upper() + sentence[1:]
+
+
+def _continued(sentence: str) -> str:
+    """Fit to stand after `and`."""
+    return sentence if sentence.startswith("I ") else sentence[0].lower() + sentence[1:]
 
 
 # ---- documents -----------------------------------------------------------------------------------------------
@@ -178,10 +194,16 @@ def _other_phrase(
 
 
 def document_text(rng: Random, facts: DocumentFacts, domain: Domain, common: Common) -> str:
-    """An entry of a handbook: for whom, the statement, and a quote or a closing sentence."""
+    """An entry of a handbook, of two to five sentences: for whom and the statement, a quote or a closing sentence, and
+    up to three more sentences around them that say nothing; how many does not depend on the facts."""
     place = pick(rng, domain.document_frames).format(thing=facts.thing)
-    ending = pick(rng, common.closers) if facts.quoted is None else pick(rng, common.quotes).format(phrase=facts.quoted)
-    return f"{place} {facts.statement}. {ending}"
+    fillers = shuffled(rng, common.closers)
+    chance = rng.random()
+    num_more = sum(chance < share for share in SHARES_OF_MORE)
+    ending = fillers.pop() if facts.quoted is None else pick(rng, common.quotes).format(phrase=facts.quoted)
+    before = [fillers.pop() for _ in range(num_more) if rng.random() < 0.5]
+    after = [fillers.pop() for _ in range(num_more - len(before))]
+    return " ".join([*before, f"{place} {facts.statement}.", ending, *after])
 
 
 def reason(query: QueryFacts, document: DocumentFacts, knowledge: Knowledge) -> Reasoning:
