@@ -72,10 +72,11 @@ class Solver:
         }
 
     def setting(self, text: str) -> tuple[str, str]:
+        plain = text.lower()
         (named,) = {
             place
             for thing, place in self.setting_of_thing.items()
-            if re.search(rf"the {thing}(?:[.:]| with it)", text.lower())
+            if re.search(rf"the {thing}(?:[.:]| with it)", plain)
         }
         return named
 
@@ -168,8 +169,9 @@ def test_sizes_are_those_of_short_posts_and_entries(built: dict[Split, Collectio
 
 def test_every_sentence_begins_with_a_capital_letter(built: dict[Split, Collection]) -> None:
     for collection in built.values():
-        for entry in (*collection.queries, *collection.documents):
-            assert all(sentence[0].isupper() for sentence in re.split(r"(?<=[.?!]) ", entry.text)), entry.text
+        texts = [query.text for query in collection.queries] + [document.text for document in collection.documents]
+        for text in texts:
+            assert all(sentence[0].isupper() for sentence in re.split(r"(?<=[.?!]) ", text)), text
 
 
 def test_the_number_of_sentences_says_nothing(built: dict[Split, Collection]) -> None:
