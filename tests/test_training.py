@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from whyrank import Reranker
 from whyrank.checkpoint import CARD_NAME, read_card
@@ -27,6 +29,7 @@ from whyrank.training.checkpoints import atomic_folder, recover
 from whyrank.training.config import DistillConfig, TinyConfig
 from whyrank.training.distill import Distilled, Step, answer_loss, distill, learning_rate_at
 from whyrank.training.examples import IGNORED, Example, collate, examples_of
+from whyrank.training.optimizers import optimizers_of
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
 
 ALMANAC = Template.load("almanac")
@@ -117,6 +120,20 @@ def test_examples_by_hand() -> None:
     assert direct.num_prompt == len(prompt)
 
 
+def test_label_first_examples_by_hand() -> None:
+    """The prompt of direct ranking, the label at once, then the explanation; all of it carries loss."""
+    tokenizer = byte_tokenizer()
+    taught = judgments({("bread", "yeast"): ("1", "So.")})
+    (example,) = examples_of(
+        taught, QUERIES, DOCUMENTS, ALMANAC, ChatTokens(tokenizer), ("direct",), is_label_first=True
+    )
+    asked = "Query: the bread is flat and dense\n\nDocument: Yeast\nCold dough rises slowly.\n"
+    prompt = [tokenizer.bos_token_id, *by_hand(tokenizer, asked)]
+    answer = by_hand(tokenizer, "Label: 1\nExplanation: So.")
+    assert list(example.ids) == [*prompt, *answer, tokenizer.eos_token_id]
+    assert example.num_prompt == len(prompt)
+
+
 @pytest.mark.parametrize("name", ["almanac", "explain-0-2", "explain-0-10", "explain-true-false"])
 @pytest.mark.parametrize("mode", ["explain", "direct"])
 def test_training_sees_the_tokens_of_ranking(name: str, mode: Mode) -> None:
@@ -186,6 +203,27 @@ def test_answer_loss_is_the_mean_over_answer_tokens() -> None:
                 terms.append(float(torch.logsumexp(scores, 0) - scores[targets[row, position]]))
     assert len(terms) == 2 + 4 + 1
     assert answer_loss(logits, targets).item() == pytest.approx(sum(terms) / len(terms), abs=1e-6)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_every_parameter_has_exactly_one_optimizer(is_tied: bool) -> None:
+    """Matrices of the blocks go to Muon, the embeddings at both ends and the vectors to AdamW."""
+    tokenizer = byte_tokenizer()
+    model = tiny_model(tokenizer, TINY, seed=0)
+    if not is_tied:
+        config = copy.deepcopy(model.config)
+        config.tie_word_embeddings = False
+        model = LlamaForCausalLM(config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon, adamw = (
+        sorted(names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"])
+        for optimizer in optimizers_of(model, replace(CONFIG, optimizer="muon"))
+    )
+    assert sorted(muon + adamw) == sorted(names.values())
+    assert muon
+    assert all("_proj" in name for name in muon)
+    embeddings = {"model.embed_tokens.weight"} | (set() if is_tied else {"lm_head.weight"})
+    assert {name for name in adamw if "norm" not in name} == embeddings
 
 
 def test_learning_rate_by_hand() -> None:
@@ -388,14 +426,19 @@ def assert_same_run(resumed: Distilled, whole: Distilled) -> None:
 SHORT = replace(CONFIG, num_steps=14, save_every=4, batch_size=3)
 
 
-@pytest.mark.parametrize("stops", [[6], [4], [5, 9, 13], [2]])
-def test_a_stopped_run_continues_as_if_nothing_had_happened(tmp_path: Path, stops: Sequence[int]) -> None:
-    whole = train(tmp_path / "whole", SHORT)
+@pytest.mark.parametrize(
+    ("stops", "optimizer"), [([6], "adamw"), ([4], "adamw"), ([5, 9, 13], "adamw"), ([2], "adamw"), ([5, 9], "muon")]
+)
+def test_a_stopped_run_continues_as_if_nothing_had_happened(
+    tmp_path: Path, stops: Sequence[int], optimizer: Literal["adamw", "muon"]
+) -> None:
+    config = replace(SHORT, optimizer=optimizer)
+    whole = train(tmp_path / "whole", config)
     for number in stops:
         with pytest.raises(Stopped):
-            train(tmp_path / "stopped", SHORT, stop_after(number))
+            train(tmp_path / "stopped", config, stop_after(number))
     steps: list[int] = []
-    resumed = train(tmp_path / "stopped", SHORT, lambda step: steps.append(step.step))
+    resumed = train(tmp_path / "stopped", config, lambda step: steps.append(step.step))
     # The last state that was saved before the stop; on_step comes before the state of its step is saved.
     first = (stops[-1] - 1) // 4 * 4 + 1
     assert steps == list(range(first, 15))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,20 +80,22 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedT
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
-    """Write weights, optimizer moments and history, from which `load_state` continues."""
+def save_state(
+    folder: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], state: TrainingState
+) -> None:
+    """Write weights, the optimizers' moments and history, from which `load_state` continues."""
     with atomic_folder(folder) as growing:
         save_file(
             {name: value.contiguous() for name, value in _parameters(model).items()}, growing / "model.safetensors"
         )
-        save_file(_flat(optimizer), growing / "optimizer.safetensors")
+        save_file(_flat(optimizers), growing / "optimizer.safetensors")
         (growing / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
 
 
 def load_state(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, identity: str
+    folder: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], identity: str
 ) -> TrainingState | None:
-    """Continue a killed run: fill model and optimizer from `folder`; `None` if there is no state.
+    """Continue a killed run: fill model and optimizers from `folder`; `None` if there is no state.
 
     Raises:
         InputError: the state belongs to other data or another config.
@@ -110,11 +112,12 @@ def load_state(
     with torch.no_grad():
         for name, value in load_file(folder / "model.safetensors").items():
             parameters[name].copy_(value)
-    moments: dict[int, dict[str, torch.Tensor]] = {}
+    moments: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
     for key, value in load_file(folder / "optimizer.safetensors").items():
-        index, _, name = key.partition(".")
-        moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        number, index, name = key.split(".")
+        moments[int(number)].setdefault(int(index), {})[name] = value
+    for optimizer, known in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict({"state": known, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 
 
@@ -123,8 +126,12 @@ def _parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def _flat(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    moments: dict[int, dict[str, torch.Tensor]] = optimizer.state_dict()["state"]
+def _flat(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Every moment under `optimizer.parameter.name`, as numbers where there are such."""
+    states: list[dict[int, dict[str, torch.Tensor]]] = [optimizer.state_dict()["state"] for optimizer in optimizers]
     return {
-        f"{index}.{name}": value.contiguous() for index, values in moments.items() for name, value in values.items()
+        f"{number}.{index}.{name}": value.contiguous()
+        for number, state in enumerate(states)
+        for index, values in state.items()
+        for name, value in values.items()
     }

@@ -31,6 +31,7 @@ from whyrank.template import Template
 from whyrank.training.checkpoints import TrainingState, load_state, save_checkpoint, save_state
 from whyrank.training.config import DistillConfig
 from whyrank.training.examples import IGNORED, Example, collate, examples_of, is_teachable
+from whyrank.training.optimizers import optimizers_of
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
 
 __all__ = ["Distilled", "Step", "distill", "learning_rate_at", "student_tokenizer"]
@@ -92,7 +93,7 @@ def distill(
     device = resolve_device(config.device)
     tokenizer, model = _student(judgments, queries, documents, template, config, device)
     tokens = ChatTokens(tokenizer)
-    examples = list(examples_of(judgments, queries, documents, template, tokens, config.modes))
+    examples = list(examples_of(judgments, queries, documents, template, tokens, config.modes, config.is_label_first))
     _check(examples, model)
     # What is trained on, not where it came from: a judgment's key stays when its label is made anew.
     identity = content_key(template.version, repr(config), *(content_key(repr(example)) for example in examples))
@@ -101,8 +102,8 @@ def distill(
     finished = _finished_before(out, identity)
     if finished is not None:
         return Distilled(out, len(examples), num_left_out, num_parameters, finished)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    state = load_state(out / "state", model, optimizer, identity)
+    optimizers = optimizers_of(model, config)
+    state = load_state(out / "state", model, optimizers, identity)
     history = [Step(**step) for step in state.history] if state else []
     model.train()
     if device.type == "cpu":
@@ -116,8 +117,6 @@ def distill(
         num_last = max(len(example.ids) - example.num_prompt for example in batch) + 1
         torch.manual_seed(config.seed + number)  # dropout is then the same whether or not the run was resumed
         rate = learning_rate_at(number, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         with _autocast(config, device):
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
             output = model(
@@ -126,8 +125,11 @@ def distill(
         loss = answer_loss(output.logits, targets[:, -num_last:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step = Step(number + 1, loss.item(), rate, int(mask.sum()), time.perf_counter() - clock)
         if not math.isfinite(step.loss):
             raise InputError(f"the loss is {step.loss} at step {step.step}; lower --learning-rate")
@@ -135,7 +137,7 @@ def distill(
         if on_step:
             on_step(step)
         if step.step % config.save_every == 0 and step.step < config.num_steps:
-            save_state(out / "state", model, optimizer, TrainingState(identity, [asdict(s) for s in history]))
+            save_state(out / "state", model, optimizers, TrainingState(identity, [asdict(s) for s in history]))
     provenance = {"config": json.loads(json.dumps(asdict(config))), "num_examples": len(examples), "identity": identity}
     card = Card(template, config.modes, tokens.label_tokens(template), training=provenance)
     write_jsonl(out / LOG_NAME, history)

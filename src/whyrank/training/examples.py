@@ -33,11 +33,12 @@ def examples_of(
     template: Template,
     tokens: ChatTokens,
     modes: Sequence[Mode] = ("explain",),
+    is_label_first: bool = False,
 ) -> Iterator[Example]:
     """One example per teachable judgment and mode; the others are left out.
 
     The document is cut as it was for the teacher by the template's own limit, so that training and ranking see
-    the same text.
+    the same text. With `is_label_first` a direct example ends in its judgment's explanation.
 
     Raises:
         InputError: a judgment's query or document is not given, it was made on another scale, or it has no
@@ -50,10 +51,11 @@ def examples_of(
         if query is None or document is None:
             missing = f"query {judgment.query_id!r}" if query is None else f"document {judgment.doc_id!r}"
             raise InputError(f"{_who(judgment)}: {missing} is not in the given files")
-        _check(judgment, template, modes)
+        _check(judgment, template, needs_why="explain" in modes or is_label_first)
         for mode in modes:
             prompt = tokens.prompt_ids(template.render(query.text, document.full_text, tokens, mode=mode).request)
-            answer = _answer_ids(template, tokens, judgment.label, judgment.explanation, mode)
+            written = _written(template, judgment.label, judgment.explanation, mode, is_label_first)
+            answer = [*_ids(written, tokens), *sorted(tokens.eos_ids)[:1]]
             yield Example((*prompt, *answer), len(prompt))
 
 
@@ -66,7 +68,7 @@ def is_teachable(judgment: Judgment) -> bool:
     return judgment.status == "ok"
 
 
-def _check(judgment: Judgment, template: Template, modes: Sequence[Mode]) -> None:
+def _check(judgment: Judgment, template: Template, needs_why: bool) -> None:
     labels = template.scale.labels
     num_labels = len(labels) if judgment.probs is None else len(judgment.probs)
     if judgment.label not in labels or num_labels != len(labels):
@@ -74,7 +76,7 @@ def _check(judgment: Judgment, template: Template, modes: Sequence[Mode]) -> Non
             f"{_who(judgment)} has label {judgment.label!r} of a scale with {num_labels} labels, template "
             f"{template.version} has {', '.join(labels)}; label with the template that is to be taught"
         )
-    if judgment.mode == "direct" and "explain" in modes:
+    if judgment.mode == "direct" and needs_why:
         raise InputError(f"{_who(judgment)} was made in direct mode and has no explanation; teach --modes direct")
 
 
@@ -82,14 +84,23 @@ def _who(judgment: Judgment) -> str:
     return f"the judgment of ({judgment.query_id}, {judgment.doc_id})"
 
 
-def _answer_ids(template: Template, tokens: ChatTokens, label: str, why: str, mode: Mode) -> list[int]:
-    """What the model is to write; the explanation prompt already ends the prompt."""
+def _written(
+    template: Template, label: str, why: str, mode: Mode, is_label_first: bool
+) -> tuple[tuple[bool, str], ...]:
+    """What the model is to write, as `(is structure, text)`; the explanation prompt already ends the prompt."""
     parts = template.answer_parts(label, why, mode)
-    written = parts[1:] if mode == "explain" else parts
-    ids: list[int] = []
-    for is_structure, text in written:
-        ids += tokens.encode_structure(text) if is_structure else tokens.encode_text(text)
-    return ids + sorted(tokens.eos_ids)[:1]
+    if mode == "explain":
+        return parts[1:]
+    if not is_label_first:
+        return parts
+    return (*parts, (True, template.answer_words.separator), *template.answer_parts(label, why, "explain")[:2])
+
+
+def _ids(parts: Sequence[tuple[bool, str]], tokens: ChatTokens) -> list[int]:
+    encoded = (
+        tokens.encode_structure(text) if is_structure else tokens.encode_text(text) for is_structure, text in parts
+    )
+    return [token for ids in encoded for token in ids]
 
 
 def collate(examples: Sequence[Example], pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:

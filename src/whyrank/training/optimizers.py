@@ -1,0 +1,38 @@
+"""The optimizers of a training run.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum of every weight matrix
+inside the blocks; embeddings and vectors stay with AdamW. Updates are scaled to the size of AdamW's (Liu et al. 2025,
+arXiv 2502.16982, section 2.2), so that both follow one learning rate.
+"""
+
+from __future__ import annotations
+
+from torch.optim import AdamW, Muon, Optimizer
+from transformers import PreTrainedModel
+
+from whyrank.training.config import DistillConfig
+
+__all__ = ["optimizers_of"]
+
+BETAS = (0.9, 0.98)
+SCALED = "match_rms_adamw"
+
+
+def optimizers_of(model: PreTrainedModel, config: DistillConfig) -> tuple[Optimizer, ...]:
+    """One optimizer, or two that share the parameters among them; their learning rate is set at every step.
+
+    Args:
+        model: each of its parameters goes to exactly one optimizer.
+        config: which ones, and the weight decay.
+    """
+    if config.optimizer == "adamw":
+        return (AdamW(model.parameters(), lr=0.0, betas=BETAS, weight_decay=config.weight_decay),)
+    # The output matrix is an embedding, too, whether or not it is tied to the input's.
+    embeddings = {
+        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
+    }
+    is_matrix = {p: p.ndim == 2 and id(p) not in embeddings for p in model.parameters() if p.requires_grad}
+    return (
+        Muon([p for p, yes in is_matrix.items() if yes], lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn=SCALED),
+        AdamW([p for p, yes in is_matrix.items() if not yes], lr=0.0, betas=BETAS, weight_decay=config.weight_decay),
+    )
