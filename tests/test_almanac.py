@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from whyrank.almanac import (
+    DRAWN_SPLITS,
     MAX_EXPLANATION_WORDS,
     NUM_CANDIDATES,
-    SPLITS,
     Collection,
+    DrawnSplit,
     GoldExplanation,
     Knowledge,
     Reasoning,
-    Split,
     build,
     load_knowledge,
 )
@@ -39,8 +39,8 @@ def knowledge() -> Knowledge:
 
 
 @pytest.fixture(scope="module")
-def built() -> dict[Split, Collection]:
-    return {split: build(split, NUM_QUERIES) for split in SPLITS}
+def built() -> dict[DrawnSplit, Collection]:
+    return {split: build(split, NUM_QUERIES) for split in DRAWN_SPLITS}
 
 
 # ---- an independent reader: texts and knowledge only -----------------------------------------------------------
@@ -90,7 +90,7 @@ class Solver:
         return cause, self.setting(text)
 
 
-def test_the_texts_alone_decide_every_label(built: dict[Split, Collection], knowledge: Knowledge) -> None:
+def test_the_texts_alone_decide_every_label(built: dict[DrawnSplit, Collection], knowledge: Knowledge) -> None:
     solver = Solver(knowledge)
     for collection in built.values():
         asked = {query.query_id: solver.read_query(query.text) for query in collection.queries}
@@ -103,8 +103,8 @@ def test_the_texts_alone_decide_every_label(built: dict[Split, Collection], know
 # ---- composition -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_every_query_has_the_same_mix_of_candidates(built: dict[Split, Collection], split: Split) -> None:
+@pytest.mark.parametrize("split", DRAWN_SPLITS)
+def test_every_query_has_the_same_mix_of_candidates(built: dict[DrawnSplit, Collection], split: DrawnSplit) -> None:
     collection = built[split]
     assert len(collection.queries) == NUM_QUERIES
     assert len({document.doc_id for document in collection.documents}) == len(collection.documents)
@@ -119,7 +119,9 @@ def test_every_query_has_the_same_mix_of_candidates(built: dict[Split, Collectio
         assert facts.thing not in {document.thing for document in documents}
 
 
-def test_at_least_five_candidates_miss_by_one_observation(built: dict[Split, Collection], knowledge: Knowledge) -> None:
+def test_at_least_five_candidates_miss_by_one_observation(
+    built: dict[DrawnSplit, Collection], knowledge: Knowledge
+) -> None:
     collection = built["test"]
     for query_id, doc_ids in collection.candidates.items():
         facts = collection.query_facts[query_id]
@@ -139,14 +141,14 @@ def test_one_domain_alone_fills_all_candidates() -> None:
     assert all(len(doc_ids) == 24 for doc_ids in collection.candidates.values())
 
 
-def test_queries_go_round_the_mechanisms(built: dict[Split, Collection], knowledge: Knowledge) -> None:
+def test_queries_go_round_the_mechanisms(built: dict[DrawnSplit, Collection], knowledge: Knowledge) -> None:
     num_mechanisms = sum(len(domain.mechanisms) for domain in knowledge.domains)
     asked = Counter((facts.domain, facts.mechanism) for facts in built["train"].query_facts.values())
     assert len(asked) == num_mechanisms
     assert set(asked.values()) == {NUM_QUERIES // num_mechanisms}
 
 
-def test_observations_come_in_either_order(built: dict[Split, Collection], knowledge: Knowledge) -> None:
+def test_observations_come_in_either_order(built: dict[DrawnSplit, Collection], knowledge: Knowledge) -> None:
     in_order = 0
     for facts in built["train"].query_facts.values():
         pairs = knowledge.domain(facts.domain).mechanism(facts.mechanism).pairs()
@@ -158,7 +160,7 @@ def num_sentences(text: str) -> int:
     return len(re.findall(r"[.?!](?: |$)", text))
 
 
-def test_sizes_are_those_of_short_posts_and_entries(built: dict[Split, Collection]) -> None:
+def test_sizes_are_those_of_short_posts_and_entries(built: dict[DrawnSplit, Collection]) -> None:
     for collection in built.values():
         assert all(10 <= len(query.text.split()) <= 45 for query in collection.queries)
         assert all(15 <= len(document.text.split()) <= 60 for document in collection.documents)
@@ -167,14 +169,14 @@ def test_sizes_are_those_of_short_posts_and_entries(built: dict[Split, Collectio
         assert all(len(text.split()) <= MAX_EXPLANATION_WORDS for text in collection.explanations.values())
 
 
-def test_every_sentence_begins_with_a_capital_letter(built: dict[Split, Collection]) -> None:
+def test_every_sentence_begins_with_a_capital_letter(built: dict[DrawnSplit, Collection]) -> None:
     for collection in built.values():
         texts = [query.text for query in collection.queries] + [document.text for document in collection.documents]
         for text in texts:
             assert all(sentence[0].isupper() for sentence in re.split(r"(?<=[.?!]) ", text)), text
 
 
-def test_the_number_of_sentences_says_nothing(built: dict[Split, Collection]) -> None:
+def test_the_number_of_sentences_says_nothing(built: dict[DrawnSplit, Collection]) -> None:
     """Of the documents of every label, half have two sentences and a twentieth has five, as the grammar says."""
     lengths = {document.doc_id: num_sentences(document.text) for c in built.values() for document in c.documents}
     pairs = [(label, lengths[doc_id]) for c in built.values() for (_, doc_id), label in c.labels.items()]
@@ -184,7 +186,7 @@ def test_the_number_of_sentences_says_nothing(built: dict[Split, Collection]) ->
             assert sum(length >= least for length in found) / len(found) == pytest.approx(share, abs=0.06), label
 
 
-def test_qrels_hold_every_candidate_in_order(built: dict[Split, Collection]) -> None:
+def test_qrels_hold_every_candidate_in_order(built: dict[DrawnSplit, Collection]) -> None:
     collection = built["dev"]
     expected = [(query_id, doc_id) for query_id, doc_ids in collection.candidates.items() for doc_id in doc_ids]
     assert [(qrel.query_id, qrel.doc_id) for qrel in collection.qrels] == expected
@@ -198,7 +200,9 @@ def test_combinations_are_dealt_out_without_rest(knowledge: Knowledge) -> None:
     for domain in knowledge.domains:
         for mechanism in domain.mechanisms:
             dealt = [
-                (pair, setting.id) for split in SPLITS for pair, setting in combinations_of(split, domain, mechanism)
+                (pair, setting.id)
+                for split in DRAWN_SPLITS
+                for pair, setting in combinations_of(split, domain, mechanism)
             ]
             assert len(dealt) == len(set(dealt)) == len(mechanism.pairs()) * len(domain.settings)
             trained = {pair for pair, _ in combinations_of("train", domain, mechanism)}
@@ -210,7 +214,7 @@ def test_combinations_of_three_pairs_and_four_settings(knowledge: Knowledge) -> 
     plants = knowledge.domain("houseplants")
     assert len(plants.settings) == 4
     drought = plants.mechanism("drought-stress")
-    assert [len(combinations_of(split, plants, drought)) for split in SPLITS] == [7, 2, 3]
+    assert [len(combinations_of(split, plants, drought)) for split in DRAWN_SPLITS] == [7, 2, 3]
     test = [(pair, setting.id) for pair, setting in combinations_of("test", plants, drought)]
     assert test == [
         (("drooping-leaves", "brown-tips"), "bathroom"),
@@ -222,7 +226,7 @@ def test_combinations_of_three_pairs_and_four_settings(knowledge: Knowledge) -> 
 def test_no_text_and_no_combination_is_in_two_splits() -> None:
     seeds = {"train": 0, "dev": 1, "test": 2}  # the law does not depend on the seeds
     seen: dict[object, str] = {}
-    for split in SPLITS:
+    for split in DRAWN_SPLITS:
         collection = build(split, NUM_QUERIES, seed=seeds[split])
         entries: set[object] = {query.text for query in collection.queries}
         entries |= {document.text for document in collection.documents}
@@ -233,7 +237,7 @@ def test_no_text_and_no_combination_is_in_two_splits() -> None:
 
 
 def test_held_out_texts_are_used_in_half_of_test_and_nowhere_else(
-    built: dict[Split, Collection], knowledge: Knowledge
+    built: dict[DrawnSplit, Collection], knowledge: Knowledge
 ) -> None:
     kept = {entry.phrasings[-1] for domain in knowledge.domains for entry in domain.observations}
     kept |= {entry.statements[-1] for domain in knowledge.domains for entry in domain.mechanisms}
@@ -302,7 +306,7 @@ def test_reasoning_is_written_as_two_comparisons() -> None:
     assert replace(GOLD, document_cause="root rot").label == 0
 
 
-def test_reasoning_is_read_back(built: dict[Split, Collection]) -> None:
+def test_reasoning_is_read_back(built: dict[DrawnSplit, Collection]) -> None:
     for reasoning in built["dev"].reasons.values():
         assert Reasoning.parse(reasoning.text) == reasoning
 
@@ -314,7 +318,7 @@ def test_reasoning_that_contradicts_itself_is_not_read() -> None:
     assert Reasoning.parse("It is light shortage.") is None
 
 
-def test_a_mistaken_reader_gets_the_label_of_the_mistake(built: dict[Split, Collection]) -> None:
+def test_a_mistaken_reader_gets_the_label_of_the_mistake(built: dict[DrawnSplit, Collection]) -> None:
     """What a scripted teacher needs: believing in another cause turns every relevant document into a 0."""
     for reasoning in built["dev"].reasons.values():
         mistaken = replace(reasoning, query_cause="something else")
@@ -354,6 +358,8 @@ def test_a_collection_is_written_and_read_back(tmp_path: Path) -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(InputError, match="expected a split among train, dev, test, found 'valid'"):
         build("valid", 3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"that is drawn, among train, dev, test, .*load_handwritten\(\) reads them"):
+        build("test-handwritten", 3)
     with pytest.raises(InputError, match="num_queries of at least 1, found 0"):
         build("train", 0)
     with pytest.raises(InputError, match="found moon"):

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from whyrank.almanac.collection import NUM_CANDIDATES, Collection, GoldExplanation, build
 from whyrank.almanac.grammar import REPEAT_PROBABILITY, DocumentFacts, QueryFacts
+from whyrank.almanac.handwritten import handwritten_names, load_handwritten
 from whyrank.almanac.loading import domain_names, load_knowledge
 from whyrank.almanac.reasoning import MAX_EXPLANATION_WORDS, Reasoning
 from whyrank.almanac.schema import Domain, Knowledge, Mechanism, Observation, Setting
-from whyrank.almanac.splits import SPLITS, Split
+from whyrank.almanac.splits import DRAWN_SPLITS, HANDWRITTEN, SPLITS, DrawnSplit, Split
 
 __all__ = [
+    "DRAWN_SPLITS",
+    "HANDWRITTEN",
     "MAX_EXPLANATION_WORDS",
     "NUM_CANDIDATES",
     "REPEAT_PROBABILITY",
@@ -22,6 +25,7 @@ __all__ = [
     "Collection",
     "DocumentFacts",
     "Domain",
+    "DrawnSplit",
     "GoldExplanation",
     "Knowledge",
     "Mechanism",
@@ -32,5 +36,7 @@ __all__ = [
     "Split",
     "build",
     "domain_names",
+    "handwritten_names",
+    "load_handwritten",
     "load_knowledge",
 ]

@@ -25,12 +25,12 @@ from whyrank.almanac.grammar import (
 from whyrank.almanac.loading import load_knowledge
 from whyrank.almanac.reasoning import Reasoning
 from whyrank.almanac.schema import Domain, Knowledge, Mechanism, Setting
-from whyrank.almanac.splits import Split, check_split, combinations_of, split_of_text
+from whyrank.almanac.splits import DrawnSplit, Split, combinations_of, drawn, split_of_text
 from whyrank.errors import InputError
 from whyrank.records import Document, Qrel, Query
 from whyrank.store import atomic_path, content_key, write_jsonl
 
-__all__ = ["NUM_CANDIDATES", "Collection", "GoldExplanation", "build"]
+__all__ = ["NUM_CANDIDATES", "Collection", "GoldExplanation", "build", "document_of"]
 
 NUM_RIGHT = 2  # label 2: right mechanism, right setting
 NUM_OTHER_SETTING = 3  # label 1: right mechanism, another setting
@@ -60,7 +60,7 @@ class Collection:
     """A split of the almanac. Dicts keyed by (query_id, doc_id) hold every candidate pair, in candidate order.
 
     `candidates` are in random order. `held_out` names the queries whose phrasings, like their candidates'
-    statements, occur in no training text.
+    statements, occur in no training text; in the handwritten split these are all.
     """
 
     split: Split
@@ -88,7 +88,7 @@ class Collection:
         return tuple(Qrel(*pair, relevance=reasoning.label) for pair, reasoning in self.reasons.items())
 
     def repeats_query(self, query_id: str, doc_id: str) -> bool:
-        """Whether the document quotes one of the query's phrases (which is never evidence)."""
+        """Whether the document quotes one of the query's phrases word for word (which is never evidence)."""
         return self.document_facts[doc_id].quoted in self.query_facts[query_id].phrases
 
     def gold(self) -> Iterator[GoldExplanation]:
@@ -112,6 +112,11 @@ class Collection:
                 yield f"{query_id} Q0 {doc_id} {rank} {len(doc_ids) - rank + 1} almanac"
 
 
+def document_of(text: str) -> Document:
+    """A text of the almanac; its id is taken from the text, and so says nothing about it."""
+    return Document(content_key(text)[:12], text, source="almanac", licence="Apache-2.0")
+
+
 def _write_lines(path: Path, lines: Iterator[str]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
         stream.writelines(f"{line}\n" for line in lines)
@@ -125,15 +130,16 @@ def build(split: Split, num_queries: int, seed: int = 0, domains: Sequence[str] 
     held-out phrasings, and all its candidates held-out statements.
 
     Args:
-        split: `train`, `dev` or `test`; no combination, query or document text is in two of them.
+        split: `train`, `dev` or `test`; no combination, query or document text is in two of them. The handwritten
+            split is read, not drawn: see `load_handwritten`.
         num_queries: at least 1.
         seed: chooses among the texts of the split.
         domains: names of the domains to use; all by default.
 
     Raises:
-        InputError: an unknown split or domain, a number below 1, or more queries than the knowledge can tell.
+        InputError: another split, an unknown domain, a number below 1, or more queries than the knowledge can tell.
     """
-    check_split(split)
+    split = drawn(split)
     if num_queries < 1:
         raise InputError(f"expected num_queries of at least 1, found {num_queries}")
     builder = _Builder(split, seed, load_knowledge(domains))
@@ -145,7 +151,7 @@ def build(split: Split, num_queries: int, seed: int = 0, domains: Sequence[str] 
 class _Builder:
     """Collects queries and documents; a text that comes twice is one document."""
 
-    def __init__(self, split: Split, seed: int, knowledge: Knowledge) -> None:
+    def __init__(self, split: DrawnSplit, seed: int, knowledge: Knowledge) -> None:
         self.split = split
         self.seed = seed
         self.knowledge = knowledge
@@ -230,7 +236,7 @@ class _Builder:
 
     def _keep(self, text: str, facts: DocumentFacts) -> Document:
         if text not in self.documents:
-            document = Document(content_key(text)[:12], text, source="almanac", licence="Apache-2.0")
+            document = document_of(text)
             self.documents[text] = document
             self.document_facts[document.doc_id] = facts
         return self.documents[text]

@@ -43,13 +43,14 @@ SHARES_OF_MORE = (0.5, 0.2, 0.05)  # of documents with at least one, two, three 
 
 @dataclass(frozen=True, slots=True)
 class QueryFacts:
-    """What a query says: ids of the knowledge, and the words it uses. `observations` are in the text's order."""
+    """What a query says: ids of the knowledge, and the words it takes from there. `observations` are in the text's
+    order. A query that a person wrote takes no words: `phrases` and `thing` are empty."""
 
     domain: str
     mechanism: str
     setting: str
     observations: tuple[str, str]
-    phrases: tuple[str, str]
+    phrases: tuple[str, ...]
     thing: str
     is_held_out_phrasing: bool
 
@@ -57,7 +58,8 @@ class QueryFacts:
 @dataclass(frozen=True, slots=True)
 class DocumentFacts:
     """What a document says. `quoted` is the lay phrase it quotes, and `None` if it quotes none; a quote is not
-    evidence. Ids are those of the document's own `domain`; the quote may come from another."""
+    evidence. Ids are those of the document's own `domain`; the quote may come from another. A document that a person
+    wrote takes no words from the knowledge: `statement` and `thing` are empty, and nothing is quoted."""
 
     domain: str
     mechanism: str
@@ -92,13 +94,13 @@ def draw_query(
 ) -> QueryFacts:
     """The facts of a query: the two observations in random order, a phrasing for each, and a thing."""
     first, second = shuffled(rng, pair)
-    phrases = tuple(pick(rng, domain.observation(entry).shown(is_held_out_phrasing)) for entry in (first, second))
+    phrases = [pick(rng, domain.observation(entry).shown(is_held_out_phrasing)) for entry in (first, second)]
     return QueryFacts(
         domain=domain.name,
         mechanism=mechanism.id,
         setting=setting.id,
         observations=(first, second),
-        phrases=(phrases[0], phrases[1]),
+        phrases=tuple(phrases),
         thing=pick(rng, setting.things),
         is_held_out_phrasing=is_held_out_phrasing,
     )

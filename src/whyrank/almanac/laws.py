@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 
 from whyrank.almanac.schema import Common, Domain, Knowledge, Mechanism, Observation, Setting
 from whyrank.errors import InputError
 
-__all__ = ["breaches", "check"]
+__all__ = ["breaches", "check", "refuse"]
 
 PLAIN_WORDS = re.compile(r"[a-z]+(?: [a-z]+)*")
 SLUG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
@@ -26,10 +26,19 @@ def check(knowledge: Knowledge) -> None:
     Raises:
         InputError: naming file, entry, what was expected and what was found, for every breach.
     """
-    found = list(breaches(knowledge))
+    refuse("the almanac's knowledge breaks its laws", breaches(knowledge))
+
+
+def refuse(message: str, lines: Iterable[str]) -> None:
+    """Report the breaches that there are, at most `MAX_SHOWN` of them word for word.
+
+    Raises:
+        InputError: there is at least one.
+    """
+    found = list(lines)
     if found:
         rest = f"\n… and {len(found) - MAX_SHOWN} more" if len(found) > MAX_SHOWN else ""
-        raise InputError("the almanac's knowledge breaks its laws:\n" + "\n".join(found[:MAX_SHOWN]) + rest)
+        raise InputError(f"{message}:\n" + "\n".join(found[:MAX_SHOWN]) + rest)
 
 
 def breaches(knowledge: Knowledge) -> Iterator[str]:

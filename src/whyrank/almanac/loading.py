@@ -1,4 +1,4 @@
-"""Reads the almanac's knowledge from its TOML files."""
+"""Reads the almanac's TOML files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from whyrank.almanac.laws import check
 from whyrank.almanac.schema import Common, Domain, Knowledge
 from whyrank.errors import InputError
 
-__all__ = ["domain_names", "load_knowledge"]
+__all__ = ["domain_names", "load_knowledge", "names_on", "read_toml", "shelf"]
 
 COMMON = "common"
 T = TypeVar("T")
@@ -27,8 +27,7 @@ def domain_names(folder: Path | None = None) -> tuple[str, ...]:
     Raises:
         InputError: there is no such folder.
     """
-    names = (entry.name for entry in _shelf(folder).iterdir())
-    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml") and name[:-5] != COMMON))
+    return tuple(name for name in names_on(shelf("knowledge", folder)) if name != COMMON)
 
 
 def load_knowledge(domains: Sequence[str] | None = None, *, folder: Path | None = None) -> Knowledge:
@@ -47,9 +46,9 @@ def load_knowledge(domains: Sequence[str] | None = None, *, folder: Path | None 
     unknown = [name for name in chosen if name not in available]
     if unknown or not chosen:
         raise InputError(f"expected domains among {', '.join(available)}, found {', '.join(unknown) or 'none'}")
-    shelf = _shelf(folder)
-    common = _read(shelf, COMMON, Common)
-    knowledge = Knowledge(common, tuple(_read(shelf, name, Domain) for name in chosen))
+    source = shelf("knowledge", folder)
+    common = read_toml(source, COMMON, Common)
+    knowledge = Knowledge(common, tuple(read_toml(source, name, Domain) for name in chosen))
     for name, domain in zip(chosen, knowledge.domains, strict=True):
         if domain.name != name:
             raise InputError(f"{name}.toml: expected name = {name!r}, like the file, found {domain.name!r}")
@@ -57,16 +56,32 @@ def load_knowledge(domains: Sequence[str] | None = None, *, folder: Path | None 
     return knowledge
 
 
-def _shelf(folder: Path | None) -> Traversable:
+def shelf(shipped: str, folder: Path | None) -> Traversable:
+    """Where TOML files lie: in `folder`, or by default among the shipped ones of this name.
+
+    Raises:
+        InputError: there is no such folder.
+    """
     if folder is not None and not folder.is_dir():
         raise InputError(f"expected a folder of TOML files at {folder}, found none")
-    return folder if folder is not None else files("whyrank") / "almanac" / "knowledge"
+    return folder if folder is not None else files("whyrank") / "almanac" / shipped
 
 
-def _read(shelf: Traversable, name: str, kind: type[T]) -> T:
-    entry = shelf / f"{name}.toml"
+def names_on(source: Traversable) -> tuple[str, ...]:
+    """The names of the TOML files of a shelf, without their endings, in alphabetical order."""
+    names = (entry.name for entry in source.iterdir())
+    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
+
+
+def read_toml(source: Traversable, name: str, kind: type[T]) -> T:
+    """Read one file of a shelf.
+
+    Raises:
+        InputError: it is not there, no TOML, or not of this shape; the message names file and entry.
+    """
+    entry = source / f"{name}.toml"
     if not entry.is_file():
-        raise InputError(f"expected a file {name}.toml in {shelf}, found none")
+        raise InputError(f"expected a file {name}.toml in {source}, found none")
     try:
         data = tomllib.loads(entry.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
@@ -79,7 +94,9 @@ def _read(shelf: Traversable, name: str, kind: type[T]) -> T:
 
 
 def _place(data: Any, location: tuple[int | str, ...]) -> str:
-    """The way to a value, with entries named by their id where they have one: `mechanisms.root-rot.names`."""
+    """The way to a value, with entries named by their id where they have one: `mechanisms.root-rot.names`.
+
+    Others are counted from 0."""
     names: list[str] = []
     for part in location:
         if isinstance(data, list) and isinstance(part, int):
