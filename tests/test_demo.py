@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -43,15 +44,17 @@ def test_candidates_keep_their_own_order() -> None:
 
 @pytest.mark.slow
 def test_a_very_small_demo(tmp_path: Path) -> None:
-    config = DemoConfig(domains=("bread",), num_steps=2, num_train_queries=8, num_queries=2)
+    config = DemoConfig(domains=("bread",), num_steps=2, num_train_queries=8, num_queries=4, num_shipped_queries=3)
     outcome = run_demo(tmp_path, config)
     written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert written == outcome.to_json()
-    assert [row["system"] for row in written["rows"]] == ["random", "bm25", "direct", "explain"]
+    assert [row["system"] for row in written["rows"]] == ["random", "bm25", "direct", "explain", "shipped"]
+    assert [row["system"] for row in written["full_test_set"]] == ["random", "bm25", "shipped"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 2
-    assert outcome.example[0].explanation.split()[0] in page
-    for name in ("explain/run.trec", "explain/judgments.jsonl", "direct/run.trec", "manifest.json"):
+    assert page.count("<svg") == 3
+    assert all(example.query in unescape(page) for example in outcome.examples)
+    assert outcome.examples[-1].ndcg == min(outcome.rows[-1].per_query.values())
+    for name in ("explain/run.trec", "explain/judgments.jsonl", "direct/run.trec", "shipped/run.trec", "manifest.json"):
         assert (tmp_path / name).is_file()
     again = run_demo(tmp_path, config)  # nothing is trained or judged twice
     assert [row.ndcg for row in again.rows] == [row.ndcg for row in outcome.rows]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from random import Random
 
 from whyrank.almanac.collection import Collection
@@ -11,7 +12,7 @@ from whyrank.records import Judgment
 from whyrank.store import content_key
 from whyrank.template import Template
 
-__all__ = ["GOLD_NAME", "gold_judgments"]
+__all__ = ["GOLD_NAME", "gold_judgments", "with_shuffled_explanations"]
 
 GOLD_NAME = "almanac-gold"
 
@@ -62,3 +63,12 @@ def gold_judgments(
                 template=template.version,
                 model=GOLD_NAME,
             )
+
+
+def with_shuffled_explanations(judgments: Sequence[Judgment], *, seed: int = 0) -> Iterator[Judgment]:
+    """The same pairs and labels, every explanation given to a pair drawn at random: the control that has as many
+    tokens to write, and no reasons in them."""
+    explanations = [judgment.explanation for judgment in judgments]
+    Random(seed).shuffle(explanations)
+    for judgment, explanation in zip(judgments, explanations, strict=True):
+        yield replace(judgment, explanation=explanation, model=f"{judgment.model}-shuffled")

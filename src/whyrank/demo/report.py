@@ -6,51 +6,54 @@ import io
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from whyrank.almanac import Collection
+from whyrank.demo.examples import ExampleRanking
 from whyrank.demo.systems import Row
 from whyrank.records import Mode
-from whyrank.rerank import Ranking
 from whyrank.store import atomic_path
 from whyrank.training.distill import Distilled, Step
 
 __all__ = ["write_report"]
 
+NUM_SHOWN = 6  # results of each ranking
+NUM_SMOOTHED = 10  # steps in the running mean of a learning curve
 INK, ACCENT, QUIET = "#22303c", "#2f6f8f", "#c9d3da"
 
 
 def write_report(
     path: Path,
     rows: Sequence[Row],
+    full_rows: Sequence[Row],
     curves: Mapping[Mode, Distilled],
-    ranking: Ranking,
-    collection: Collection,
+    examples: Sequence[ExampleRanking],
     facts: Mapping[str, str],
 ) -> None:
-    """Write the report: table, two plots and one ranking with its reasons.
+    """Write the report: two tables with their plots, learning curves, and rankings with their reasons.
 
     Args:
         path: the HTML file.
-        rows: the systems in the order of the table.
-        curves: trained students by system.
-        ranking: an example from the explaining student.
-        collection: where the example's query and gold labels come from.
+        rows: the systems on the domains that the students learned, in the order of the table.
+        full_rows: the systems on all domains.
+        curves: trained students by mode.
+        examples: rankings of the explaining student.
         facts: short statements about the run, shown at the end.
     """
     page = (files("whyrank.demo") / "report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    query = next(query for query in collection.queries if query.query_id == ranking.query_id)
     text = environment.from_string(page).render(
-        rows=rows,
-        bars=_bars(rows),
-        loss=_loss({system: student.history for system, student in curves.items()}),
-        query=query.text,
-        results=[(result, collection.labels[query.query_id, result.id]) for result in ranking[:8]],
+        tables=[
+            ("The two students, on the domains they learned", rows, _bars(rows)),
+            ("The shipped model, on all domains", full_rows, _bars(full_rows)),
+        ],
+        loss=_loss({mode: student.history for mode, student in curves.items()}),
+        examples=examples,
+        num_shown=NUM_SHOWN,
         facts=facts,
     )
     with atomic_path(path) as temporary:
@@ -62,7 +65,7 @@ def _bars(rows: Sequence[Row]) -> Markup:
     axes = figure.subplots()
     for place, row in enumerate(reversed(rows)):
         low, high = row.interval
-        axes.barh(place, row.ndcg, height=0.6, color=ACCENT if row.system == "explain" else QUIET)
+        axes.barh(place, row.ndcg, height=0.6, color=ACCENT if row.system in ("explain", "shipped") else QUIET)
         axes.plot([low, high], [place, place], color=INK, linewidth=1.5)
         axes.text(max(high, row.ndcg) + 0.015, place, f"{row.ndcg:.3f}", va="center", color=INK)
     axes.set_yticks(range(len(rows)), [row.system for row in reversed(rows)])
@@ -76,7 +79,10 @@ def _loss(curves: Mapping[str, Sequence[Step]]) -> Markup:
     axes = figure.subplots()
     for system, steps in curves.items():
         color = ACCENT if system == "explain" else "#9a6b3f"
-        axes.plot([step.seconds for step in steps], [step.loss for step in steps], label=system, color=color)
+        seconds, losses = [step.seconds for step in steps], [step.loss for step in steps]
+        axes.plot(seconds, losses, color=color, linewidth=0.6, alpha=0.35)
+        smoothed = [fmean(losses[max(0, at - NUM_SMOOTHED + 1) : at + 1]) for at in range(len(losses))]
+        axes.plot(seconds, smoothed, label=system, color=color)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("nats per answer token")
     axes.set_yscale("log")

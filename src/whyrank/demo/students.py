@@ -1,19 +1,18 @@
-"""Both students, trained side by side: two processes with half of the cores each finish sooner than one after the
-other with all of them, because a network this small keeps a second thread waiting."""
+"""Several students, trained side by side: one process per core finishes sooner than one student after the other on all
+cores, because a network this small keeps a second thread waiting."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, Queue
 from statistics import fmean
 
 from whyrank.datasets import read_corpus, read_queries
-from whyrank.demo.config import DemoConfig
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.progress import Progress
 from whyrank.records import Document, Judgment, Mode, Query
@@ -23,81 +22,95 @@ from whyrank.training.config import DistillConfig
 from whyrank.training.distill import Distilled, Step, distill, student_tokenizer
 from whyrank.training.examples import examples_of
 
-__all__ = ["MODES", "train_students"]
+__all__ = ["Plan", "steps_for_same_compute", "train_students"]
 
-MODES: tuple[Mode, Mode] = ("explain", "direct")
 SECONDS_BETWEEN_LOOKS = 0.5
-BASE = DistillConfig(device="cpu")
 
 
-def train_students(data: Path, out: Path, template: Template, config: DemoConfig) -> Mapping[Mode, Distilled]:
-    """Train the explaining and the direct student on `data`, with the same number of tokens each.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One student: what it is called (and its folder), what it learns from, and how."""
 
-    Students that a killed demo has finished are not trained again; others continue from their last state.
+    name: str
+    judgments: Path
+    config: DistillConfig
+
+
+def train_students(
+    plans: Sequence[Plan],
+    data: Path,
+    out: Path,
+    template: Template,
+    *,
+    on_trained: Callable[[Plan, Distilled], None] = lambda plan, student: None,
+) -> Mapping[str, Distilled]:
+    """Train all students, as many at a time as there are cores, in the order of the plans.
+
+    Students that a killed run has finished are not trained again; others continue from their last state.
 
     Args:
-        data: folder with judgments, queries and corpus.
-        out: gets one checkpoint folder per mode.
+        plans: their names differ.
+        data: folder with the queries and the corpus that all judgments are about.
+        out: gets one checkpoint folder per student.
         template: what is taught.
-        config: number of steps of the explaining student, and the seed.
+        on_trained: called in this process as soon as a student is done, while others are still being trained.
+
+    Returns:
+        What training produced, by name.
 
     Raises:
         WhyrankError: see `distill`.
     """
-    num_steps = {"explain": config.num_steps, "direct": _steps_for_same_compute(data, template, config)}
+    num_cores = os.cpu_count() or 1
+    num_threads = max(1, num_cores // len(plans))
     context = multiprocessing.get_context("spawn")
     with (
         context.Manager() as manager,
-        ProcessPoolExecutor(len(MODES), mp_context=context) as pool,
-        Progress("training both students", sum(num_steps.values())) as progress,
+        ProcessPoolExecutor(min(num_cores, len(plans)), mp_context=context) as pool,
+        Progress(f"training {len(plans)} students", sum(plan.config.num_steps for plan in plans)) as progress,
     ):
         steps: Queue[Step] = manager.Queue()
-        students: dict[Mode, Future[Distilled]] = {
-            mode: pool.submit(_train, data, out / mode, template.to_dict(), mode, num_steps[mode], config.seed, steps)
-            for mode in MODES
-        }
-        while not all(student.done() for student in students.values()) or not steps.empty():
+        waiting: dict[str, Future[Distilled]] = {}
+        for plan in plans:
+            threaded = replace(plan, config=replace(plan.config, num_threads=num_threads))
+            waiting[plan.name] = pool.submit(_train, threaded, data, out / plan.name, template.to_dict(), steps)
+        reported: set[str] = set()
+        while len(reported) < len(plans):
             try:
                 steps.get(timeout=SECONDS_BETWEEN_LOOKS)
+                progress.advance()
             except Empty:
-                continue
-            progress.advance()
-        return {mode: student.result() for mode, student in students.items()}
+                pass
+            for plan in plans:
+                if plan.name not in reported and waiting[plan.name].done():
+                    on_trained(plan, waiting[plan.name].result())
+                    reported.add(plan.name)
+        return {name: student.result() for name, student in waiting.items()}
 
 
-def _train(
-    data: Path,
-    out: Path,
-    template: Mapping[str, object],
-    mode: Mode,
-    num_steps: int,
-    seed: int,
-    steps: Queue[Step],
-) -> Distilled:
+def steps_for_same_compute(
+    judgments: Path, data: Path, template: Template, config: DistillConfig, mode: Mode = "direct"
+) -> int:
+    """How many steps of `mode`'s examples hold as many tokens as the `num_steps` of `config` do with its own modes."""
+    taught, queries, documents = _read(judgments, data)
+    tokens = ChatTokens(student_tokenizer(taught, queries, documents, template, config.tiny.vocab_size))
+
+    def size(modes: Sequence[Mode]) -> float:
+        return fmean(len(example.ids) for example in examples_of(taught, queries, documents, template, tokens, modes))
+
+    return round(config.num_steps * size(config.modes) / size((mode,)))
+
+
+def _train(plan: Plan, data: Path, out: Path, template: Mapping[str, object], steps: Queue[Step]) -> Distilled:
     """One student, in a process of its own."""
-    judgments, queries, documents = _read(data)
-    num_threads = max(1, (os.cpu_count() or 1) // len(MODES))
-    settings = replace(BASE, modes=(mode,), num_steps=num_steps, seed=seed, num_threads=num_threads)
-    taught = Template.from_dict(template, where="the demo")
-    return distill(judgments, queries, documents, taught, out, settings, on_step=steps.put)
+    judgments, queries, documents = _read(plan.judgments, data)
+    taught = Template.from_dict(template, where=plan.name)
+    return distill(judgments, queries, documents, taught, out, plan.config, on_step=steps.put)
 
 
-def _read(data: Path) -> tuple[list[Judgment], dict[str, Query], dict[str, Document]]:
-    judgments = list(read_jsonl(data / "judgments.jsonl", Judgment))
+def _read(judgments: Path, data: Path) -> tuple[list[Judgment], dict[str, Query], dict[str, Document]]:
+    taught = list(read_jsonl(judgments, Judgment))
     queries = {query.query_id: query for query in read_queries(data / "queries.jsonl")}
-    wanted = {judgment.doc_id for judgment in judgments}
+    wanted = {judgment.doc_id for judgment in taught}
     documents = {doc.doc_id: doc for doc in read_corpus(data / "corpus.jsonl") if doc.doc_id in wanted}
-    return judgments, queries, documents
-
-
-def _steps_for_same_compute(data: Path, template: Template, config: DemoConfig) -> int:
-    """How many steps of direct examples hold as many tokens as the explaining student's."""
-    judgments, queries, documents = _read(data)
-    tokens = ChatTokens(student_tokenizer(judgments, queries, documents, template, BASE.tiny.vocab_size))
-    sizes = {
-        mode: fmean(
-            len(example.ids) for example in examples_of(judgments, queries, documents, template, tokens, (mode,))
-        )
-        for mode in MODES
-    }
-    return round(config.num_steps * sizes["explain"] / sizes["direct"])
+    return taught, queries, documents

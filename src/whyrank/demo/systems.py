@@ -20,7 +20,16 @@ from whyrank.search import Bm25Index
 from whyrank.stages.rerank import Candidates, rerank_files
 from whyrank.store import Manifest, read_jsonl
 
-__all__ = ["MEASURE", "Row", "bm25_row", "candidates_of", "random_row", "student_row"]
+__all__ = [
+    "MEASURE",
+    "Row",
+    "bm25_row",
+    "bootstrap_interval",
+    "candidates_of",
+    "per_query",
+    "random_row",
+    "student_row",
+]
 
 MEASURE = "nDCG@10"
 NUM_SHUFFLES = 200
@@ -29,14 +38,23 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One system's figures. `interval` is the 95 % bootstrap interval of the mean over queries."""
+    """One system's figures. `per_query` holds nDCG@10 by query_id; the rest are means over all pairs."""
 
     system: str
-    ndcg: float
-    interval: tuple[float, float]
-    label_accuracy: float | None
-    tokens_per_document: float
-    documents_per_second: float | None
+    per_query: Mapping[str, float]
+    label_accuracy: float | None = None
+    tokens_per_document: float = 0.0
+    documents_per_second: float | None = None
+
+    @property
+    def ndcg(self) -> float:
+        """Mean over queries."""
+        return fmean(self.per_query.values())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of the mean over queries."""
+        return bootstrap_interval(list(self.per_query.values()))
 
     def to_json(self) -> dict[str, JsonValue]:
         """As written to `results.json`."""
@@ -70,9 +88,8 @@ def random_row(collection: Collection, seed: int) -> Row:
     def shuffled(query: Query) -> list[str]:
         return sorted(collection.candidates[query.query_id], key=lambda _: rng.random())
 
-    values = [_per_query(collection, shuffled) for _ in range(NUM_SHUFFLES)]
-    means = {query_id: fmean(value[query_id] for value in values) for query_id in values[0]}
-    return _row("random", means, None, 0.0, None)
+    values = [per_query(collection, shuffled) for _ in range(NUM_SHUFFLES)]
+    return Row("random", {query_id: fmean(value[query_id] for value in values) for query_id in values[0]})
 
 
 def bm25_row(collection: Collection) -> Row:
@@ -86,9 +103,8 @@ def bm25_row(collection: Collection) -> Row:
         matching = [line.doc_id for line in found[query.query_id] if line.doc_id in set(candidates)]
         return matching + [doc_id for doc_id in candidates if doc_id not in set(matching)]
 
-    values = _per_query(collection, ranked)
-    num_pairs = sum(len(candidates) for candidates in collection.candidates.values())
-    return _row("bm25", values, None, 0.0, num_pairs / (time.perf_counter() - start))
+    values = per_query(collection, ranked)
+    return Row("bm25", values, documents_per_second=len(collection.labels) / (time.perf_counter() - start))
 
 
 def student_row(collection: Collection, reranker: Reranker, system: str, out: Path) -> Row:
@@ -107,13 +123,14 @@ def student_row(collection: Collection, reranker: Reranker, system: str, out: Pa
         )
         for query in collection.queries
     }
-    values = _per_query(collection, lambda query: [result.id for result in rankings[query.query_id]])
+    values = per_query(collection, lambda query: [result.id for result in rankings[query.query_id]])
     right = [judgments[pair].label == str(label) for pair, label in collection.labels.items()]
     spent = fmean(judgment.num_completion_tokens for judgment in judgments.values())
-    return _row(system, values, fmean(right), spent, len(judgments) / done.seconds)
+    return Row(system, values, fmean(right), spent, len(judgments) / done.seconds)
 
 
-def _per_query(collection: Collection, ranked: Callable[[Query], Sequence[str]]) -> dict[str, float]:
+def per_query(collection: Collection, ranked: Callable[[Query], Sequence[str]]) -> dict[str, float]:
+    """nDCG@10 by query_id of the candidates in the order that `ranked` gives for each query."""
     run = {
         query.query_id: [
             ScoredDocument(query.query_id, doc_id, rank, -float(rank)) for rank, doc_id in enumerate(ranked(query), 1)
@@ -121,17 +138,6 @@ def _per_query(collection: Collection, ranked: Callable[[Query], Sequence[str]])
         for query in collection.queries
     }
     return dict(evaluate(collection.qrels, {"run": run}, [MEASURE]).runs[0].per_query[MEASURE])
-
-
-def _row(
-    system: str,
-    values: Mapping[str, float],
-    accuracy: float | None,
-    tokens_per_document: float,
-    documents_per_second: float | None,
-) -> Row:
-    low, high = bootstrap_interval(list(values.values()))
-    return Row(system, fmean(values.values()), (low, high), accuracy, tokens_per_document, documents_per_second)
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:

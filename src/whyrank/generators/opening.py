@@ -18,9 +18,10 @@ from whyrank.records import Mode
 from whyrank.store import sha256_file
 from whyrank.template import Template
 
-__all__ = ["DEFAULT_TEMPLATE", "ModelOptions", "open_model"]
+__all__ = ["DEFAULT_TEMPLATE", "EMBEDDED_MODEL", "ModelOptions", "open_model"]
 
 DEFAULT_TEMPLATE = "explain-0-2"
+EMBEDDED_MODEL = Path(str(files("whyrank") / "almanac" / "model"))
 DEMO_NOTICE = (
     "using the demo model that ships with whyrank: it knows the almanac's few subjects and nothing else. "
     "Choose a real one with --model (or Reranker.load(model)): a folder, a hub id or endpoint:URL#MODEL."
@@ -76,11 +77,10 @@ def open_model(
         TemplateMismatch: the checkpoint was trained for something else.
     """
     if spec is None:
-        embedded = Path(str(files("whyrank") / "almanac" / "model"))
-        if not (embedded / CARD_NAME).is_file():
+        if not (EMBEDDED_MODEL / CARD_NAME).is_file():
             raise InputError("this installation has no embedded model; name one with --model")
         log.warning(DEMO_NOTICE)
-        return _open_hf(embedded, template, mode, options, name="whyrank-demo")
+        return _open_hf(EMBEDDED_MODEL, template, mode, options, name="whyrank-demo")
     kind, _, rest = str(spec).partition(":")
     if kind == "endpoint":
         from whyrank.generators.endpoint import Endpoint, EndpointConfig
