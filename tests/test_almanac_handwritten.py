@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections import Counter
@@ -9,9 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from whyrank.almanac import DRAWN_SPLITS, Collection, Knowledge, build, domain_names, load_handwritten, load_knowledge
+from whyrank.cli import app
+from whyrank.datasets import read_qrels
 from whyrank.errors import InputError
+from whyrank.records import Query
+from whyrank.store import read_jsonl
 
 NUM_DRAWN = 288  # queries of each drawn split that the handwritten texts are compared with: four rounds
 
@@ -239,6 +245,42 @@ def test_a_sentence_of_another_domain_is_found(folder: Path) -> None:
     (folder / "car.toml").write_text(f"{head}{opening}{DOCUMENT} {rest}", encoding="utf-8")
     with pytest.raises(InputError, match=r"car\.toml: expected each sentence once, found again, after bread\.toml"):
         load_handwritten(["bread", "car"], folder=folder)
+
+
+# ---- on the command line ---------------------------------------------------------------------------------------
+
+
+def export(*words: str) -> dict[str, object]:
+    result = CliRunner().invoke(app, ["almanac", "export", "--split", "test-handwritten", *words, "--json"])
+    assert result.exit_code == 0, result.output
+    counts = json.loads(result.stdout)
+    assert isinstance(counts, dict)
+    return counts
+
+
+def test_export_writes_all_of_it_by_default(tmp_path: Path, written: Collection) -> None:
+    counts = export("-o", str(tmp_path))
+    # 12 domains of 6 queries and 24 documents, all of which are candidates: 12 x 6 x 24 pairs
+    expected = {"queries": 72, "documents": 288, "pairs": 1728, "judgments": 1728}
+    assert counts == {"out": str(tmp_path), "split": "test-handwritten", **expected}
+    assert tuple(read_jsonl(tmp_path / "queries.jsonl", Query)) == written.queries
+    labels = {(qrel.query_id, qrel.doc_id): qrel.relevance for qrel in read_qrels(tmp_path / "qrels.trec")}
+    assert labels == written.labels
+    assert {path.stem for path in (tmp_path / "bright" / "examples").iterdir()} == set(domain_names())
+
+
+def test_export_takes_the_first_queries_of_some_domains(tmp_path: Path) -> None:
+    words = ("--num-queries", "3", "--domain", "car", "--domain", "bread", "--num-irrelevant", "4")
+    counts = export("-o", str(tmp_path), *words)
+    # a query keeps 1 + 3 relevant documents and 4 others
+    assert (counts["queries"], counts["documents"], counts["pairs"], counts["judgments"]) == (3, 48, 72, 24)
+    ids = [query.query_id for query in read_jsonl(tmp_path / "queries.jsonl", Query)]
+    assert ids == ["handwritten-bread-01", "handwritten-car-01", "handwritten-bread-02"]
+
+
+def test_export_of_a_drawn_split_has_a_hundred_queries(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["almanac", "export", "--split", "dev", "-o", str(tmp_path), "--json"])
+    assert json.loads(result.stdout)["queries"] == 100
 
 
 # ---- which files -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ label. It is a model organism and the offline demonstration, never a measure of 
 
 from __future__ import annotations
 
+from whyrank.almanac.bright import write_bright
 from whyrank.almanac.collection import NUM_CANDIDATES, Collection, GoldExplanation, build
 from whyrank.almanac.grammar import REPEAT_PROBABILITY, DocumentFacts, QueryFacts
 from whyrank.almanac.handwritten import handwritten_names, load_handwritten
@@ -39,4 +40,5 @@ __all__ = [
     "handwritten_names",
     "load_handwritten",
     "load_knowledge",
+    "write_bright",
 ]
