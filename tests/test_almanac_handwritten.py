@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 
+import bm25s  # type: ignore[import-untyped]
 import pytest
 from typer.testing import CliRunner
 
@@ -38,6 +41,10 @@ def folder(tmp_path: Path) -> Path:
     copy = tmp_path / "handwritten"
     shutil.copytree(str(files("whyrank") / "almanac" / "handwritten"), copy)
     return copy
+
+
+def words(text: str) -> list[str]:
+    return re.findall("[a-z]+", text.lower())
 
 
 # ---- what it holds ---------------------------------------------------------------------------------------------
@@ -132,8 +139,8 @@ def test_no_text_of_the_grammar_was_copied(written: Collection) -> None:
     """By plain comparison with texts that the grammar wrote, instead of with its parts: no six words in a row."""
 
     def runs(text: str) -> set[str]:
-        words = re.findall("[a-z]+", text.lower())
-        return {" ".join(words[start : start + 6]) for start in range(len(words) - 5)}
+        found = words(text)
+        return {" ".join(found[start : start + 6]) for start in range(len(found) - 5)}
 
     train = build("train", NUM_DRAWN)
     drawn = {run for query in train.queries for run in runs(query.text)}
@@ -141,6 +148,40 @@ def test_no_text_of_the_grammar_was_copied(written: Collection) -> None:
     assert len(drawn) > 10_000
     for text in [query.text for query in written.queries] + [document.text for document in written.documents]:
         assert not runs(text) & drawn, text
+
+
+# ---- fairness --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["bm25", "reversed"])
+def test_word_overlap_ranks_no_better_than_chance(written: Collection, sign: int) -> None:
+    """Chance by hand: a rank holds (2 + 3 x 1) / 24 on average; ideal are a 2 and three 1s. Standard error .02."""
+    discounts = [1 / math.log2(rank + 1) for rank in range(1, 11)]
+    ideal = 2 * discounts[0] + sum(discounts[1:4])
+    retriever = bm25s.BM25()
+    retriever.index([words(document.text) for document in written.documents], show_progress=False)
+    row = {document.doc_id: index for index, document in enumerate(written.documents)}
+    values = []
+    for query in written.queries:
+        scores = retriever.get_scores(words(query.text))
+        order = sorted(written.candidates[query.query_id], key=lambda doc_id: -sign * scores[row[doc_id]])
+        gains = [written.labels[query.query_id, doc_id] for doc_id in order[:10]]
+        values.append(sum(gain * discount for gain, discount in zip(gains, discounts, strict=True)) / ideal)
+    chance = 5 / 24 * sum(discounts) / ideal
+    assert chance == pytest.approx(0.266, abs=0.001)
+    assert fmean(values) == pytest.approx(chance, abs=0.06)
+
+
+def test_length_says_nothing(written: Collection) -> None:
+    """Area under the ROC curve of `relevant` by length; one half is chance, standard error .02 to .03."""
+    length = {document.doc_id: len(document.text) for document in written.documents}
+    for least in (1, 2):
+        wins = []
+        for query_id, doc_ids in written.candidates.items():
+            hits = [length[doc_id] for doc_id in doc_ids if written.labels[query_id, doc_id] >= least]
+            misses = [length[doc_id] for doc_id in doc_ids if written.labels[query_id, doc_id] < least]
+            wins += [(hit > miss) + 0.5 * (hit == miss) for hit in hits for miss in misses]
+        assert fmean(wins) == pytest.approx(0.5, abs=0.08)
 
 
 # ---- laws ------------------------------------------------------------------------------------------------------
@@ -250,8 +291,8 @@ def test_a_sentence_of_another_domain_is_found(folder: Path) -> None:
 # ---- on the command line ---------------------------------------------------------------------------------------
 
 
-def export(*words: str) -> dict[str, object]:
-    result = CliRunner().invoke(app, ["almanac", "export", "--split", "test-handwritten", *words, "--json"])
+def export(*options: str) -> dict[str, object]:
+    result = CliRunner().invoke(app, ["almanac", "export", "--split", "test-handwritten", *options, "--json"])
     assert result.exit_code == 0, result.output
     counts = json.loads(result.stdout)
     assert isinstance(counts, dict)
@@ -270,8 +311,8 @@ def test_export_writes_all_of_it_by_default(tmp_path: Path, written: Collection)
 
 
 def test_export_takes_the_first_queries_of_some_domains(tmp_path: Path) -> None:
-    words = ("--num-queries", "3", "--domain", "car", "--domain", "bread", "--num-irrelevant", "4")
-    counts = export("-o", str(tmp_path), *words)
+    options = ("--num-queries", "3", "--domain", "car", "--domain", "bread", "--num-irrelevant", "4")
+    counts = export("-o", str(tmp_path), *options)
     # a query keeps 1 + 3 relevant documents and 4 others
     assert (counts["queries"], counts["documents"], counts["pairs"], counts["judgments"]) == (3, 48, 72, 24)
     ids = [query.query_id for query in read_jsonl(tmp_path / "queries.jsonl", Query)]
