@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from provenance import RESULTS, ROOT, provenance, write_result
 
 from whyrank.almanac import Collection, build, load_handwritten
 from whyrank.almanac.gold import gold_judgments, with_shuffled_explanations
@@ -33,13 +31,11 @@ from whyrank.demo.systems import MEASURE, Row, bm25_row, bootstrap_interval, ran
 from whyrank.generators.hf import HfGenerator
 from whyrank.records import Mode
 from whyrank.rerank import Reranker
-from whyrank.store import atomic_path, read_json, write_jsonl
+from whyrank.store import read_json, write_jsonl
 from whyrank.template import Template
 from whyrank.training.config import DistillConfig, TinyConfig
 from whyrank.training.distill import Distilled
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results"
 TEMPLATE = Template.load("almanac")
 SEEDS = (0, 1, 2)
 NUM_TRAIN_QUERIES, NUM_IRRELEVANT, NUM_TEST_QUERIES = 6000, 5, 144
@@ -61,14 +57,16 @@ def main(work: Path) -> None:
 
     def measure(plan: Plan, student: Distilled) -> None:
         figures = _figures(plan, student, work / plan.name, tests)
-        _write(RESULTS / "explaining" / f"{plan.name}.json", figures)
+        write_result(RESULTS / "explaining" / f"{plan.name}.json", figures)
         sys.stdout.write(f"{plan.name}: nDCG@10 {figures['rows']['test'][MEASURE]:.3f}\n")
         sys.stdout.flush()
 
     if missing:
         train_students(missing, data, work, TEMPLATE, on_trained=measure)
     rows = [*_baselines(train, tests), *_summaries(tests)]
-    _write(RESULTS / "explaining.json", {**_provenance(), "rows": rows, "gain": _gain(tests["test"])})
+    write_result(
+        RESULTS / "explaining.json", {**provenance("make results"), "rows": rows, "gain": _gain(tests["test"])}
+    )
     sys.stdout.write(f"{RESULTS / 'explaining.json'} ({time.perf_counter() - start:.0f} s)\n")
 
 
@@ -122,7 +120,7 @@ def _figures(plan: Plan, student: Distilled, folder: Path, tests: Mapping[str, C
     reranker = Reranker.of(TEMPLATE, generator, mode=mode)
     rows = {name: student_row(test, reranker, plan.name, folder / name) for name, test in tests.items()}
     return {
-        **_provenance(),
+        **provenance("make results"),
         "config": asdict(plan.config),
         "num_examples": student.num_examples,
         "num_parameters": student.num_parameters,
@@ -190,24 +188,8 @@ def _mean_by_query(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {query_id: float(np.mean([run[query_id] for run in runs])) for query_id in runs[0]}
 
 
-def _provenance() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT)
-    return {
-        "command": "make results",
-        "commit": commit.stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, one per student",
-    }
-
-
 def _as_json(value: object) -> Any:
     return json.loads(json.dumps(value))
-
-
-def _write(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ python scripts/record_demo.py out/demo
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
-from whyrank.store import atomic_path, read_json
+from provenance import RESULTS, provenance, write_result
 
-OUT = Path(__file__).resolve().parent.parent / "results" / "demo.json"
+from whyrank.store import read_json
 
 
 def main(folder: Path) -> None:
@@ -20,10 +18,8 @@ def main(folder: Path) -> None:
     manifest, results = read_json(folder / "manifest.json"), read_json(folder / "results.json")
     if not manifest["is_finished"]:
         sys.exit(f"{folder} holds a demo that did not finish")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     kept = {
-        "command": "make demo",
-        "commit": commit,
+        **provenance("make demo"),
         "date": manifest["started"][:10],
         "seed": manifest["seed"],
         "config": manifest["config"],
@@ -33,8 +29,7 @@ def main(folder: Path) -> None:
         "counts": manifest["counts"],
         **results,
     }
-    with atomic_path(OUT) as temporary:
-        temporary.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    write_result(RESULTS / "demo.json", kept)
 
 
 if __name__ == "__main__":

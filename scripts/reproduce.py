@@ -9,21 +9,18 @@ they were read; nothing in the output is typed by hand.
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from provenance import RESULTS, provenance, write_result
+
 from whyrank.stages.evaluate import evaluate_files
 from whyrank.stages.search import search_files
-from whyrank.store import atomic_path
 
 MEASURE = "nDCG@10"
-OUT = Path(__file__).resolve().parent.parent / "results" / "reproduction.json"
+OUT = RESULTS / "reproduction.json"
 
 DL19 = {  # rank_llm and anserini documentation, four decimals
     "BM25": 0.5058,
@@ -63,8 +60,8 @@ XRR2 = {  # README of jataware/XRR2: (rr, rr2), five decimals
 def main(data: Path) -> None:
     """Measure everything that is there and write the table."""
     rows = [*_dl19(data), *_bright(data), *_collections(data)]
-    with atomic_path(OUT) as temporary:
-        temporary.write_text(json.dumps({**_provenance(), "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    made = provenance("python scripts/reproduce.py PATH_TO_DATA")
+    write_result(OUT, {**made, "measure": MEASURE, "ties": "trec_eval", "rows": rows})
     wrong = [row for row in rows if row.get("is_equal") is False]
     sys.stdout.write(f"{len(rows)} runs measured, {len(wrong)} differ from their published value: {OUT}\n")
     for row in wrong:
@@ -124,18 +121,6 @@ def _collections(data: Path) -> list[dict[str, Any]]:
         run.unlink()
         run.with_name(f"{run.name}.manifest.json").unlink()
     return found
-
-
-def _provenance() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    return {
-        "command": "python scripts/reproduce.py PATH_TO_DATA",
-        "measure": MEASURE,
-        "ties": "trec_eval",
-        "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": f"{platform.machine()}, {platform.system()}",
-    }
 
 
 if __name__ == "__main__":

@@ -92,8 +92,11 @@ def random_row(collection: Collection, seed: int) -> Row:
     return Row("random", {query_id: fmean(value[query_id] for value in values) for query_id in values[0]})
 
 
-def bm25_row(collection: Collection) -> Row:
-    """BM25 with the statistics of the split's documents; candidates that share no word come last, as they stood."""
+def bm25_row(collection: Collection, *, is_reversed: bool = False) -> Row:
+    """BM25 with the statistics of the split's documents; candidates that share no word come last, as they stood.
+
+    Reversed, the least similar document is the first: in a fair collection that is no better than the other way.
+    """
     start = time.perf_counter()
     index = Bm25Index.build(collection.documents)
     found = index.search(collection.queries, top_k=len(collection.documents))
@@ -101,10 +104,15 @@ def bm25_row(collection: Collection) -> Row:
     def ranked(query: Query) -> list[str]:
         candidates = collection.candidates[query.query_id]
         matching = [line.doc_id for line in found[query.query_id] if line.doc_id in set(candidates)]
-        return matching + [doc_id for doc_id in candidates if doc_id not in set(matching)]
+        best_first = matching + [doc_id for doc_id in candidates if doc_id not in set(matching)]
+        return best_first[::-1] if is_reversed else best_first
 
     values = per_query(collection, ranked)
-    return Row("bm25", values, documents_per_second=len(collection.labels) / (time.perf_counter() - start))
+    return Row(
+        "bm25-reversed" if is_reversed else "bm25",
+        values,
+        documents_per_second=len(collection.labels) / (time.perf_counter() - start),
+    )
 
 
 def student_row(collection: Collection, reranker: Reranker, system: str, out: Path) -> Row:

@@ -1,0 +1,37 @@
+"""Where recorded figures come from, and how they are kept: `results/*.json`, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from whyrank.store import atomic_path
+
+__all__ = ["RESULTS", "ROOT", "provenance", "write_result"]
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Command, commit, date and hardware."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT)
+    return {
+        "command": command,
+        "commit": commit.stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} CPU cores",
+    }
+
+
+def write_result(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one JSON document."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
