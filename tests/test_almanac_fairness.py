@@ -174,8 +174,9 @@ def test_one_side_would_give_a_label_that_is_written_there(side: ShallowKind) ->
         collection = build("train", 150, seed=seed)
         label_of = {query.query_id: number % 3 for number, query in enumerate(collection.queries)}
         pairs = [pair for pair in balanced(collection) if collection.labels[pair] == label_of[pair[0]]]
-        mark = {name: ("nothing", "some", "all")[collection.labels[pair]] for pair in pairs for name in pair}
-        queries = (replace(q, text=f"{q.text} {mark[q.query_id]}") for q in collection.queries)
+        asked, held = ("alpha", "beta", "gamma"), ("delta", "epsilon", "zeta")  # words of one side each
+        mark = {doc_id: held[collection.labels[query_id, doc_id]] for query_id, doc_id in pairs}
+        queries = (replace(q, text=f"{q.text} {asked[label_of[q.query_id]]}") for q in collection.queries)
         documents = (replace(d, text=f"{d.text} {mark.get(d.doc_id, '')}") for d in collection.documents)
         return replace(collection, queries=tuple(queries), documents=tuple(documents)), pairs
 
