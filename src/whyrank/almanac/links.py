@@ -1,5 +1,4 @@
-"""Answer links as they are found in the wild, simulated: few of the relevant documents are linked, and some links
-lead astray.
+"""Simulated answer links, like those in the wild: few relevant documents are linked, and some links lead astray.
 
 For each pair a number is drawn from its two texts and the seed, so that a query's links depend on its own candidates
 alone: not on their order, nor on the rest of the collection.
