@@ -16,7 +16,6 @@ import dataclasses
 import difflib
 import inspect
 import io
-import json
 import os
 import re
 import shlex
@@ -24,11 +23,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
+
+import tables
+from tables import code, table
 
 from whyrank import Template, cli, datasets
 from whyrank.cli.options import attribute_docs
@@ -128,19 +129,6 @@ def fenced(language: str, text: str) -> str:
     return f"```{language}\n{text.rstrip()}\n```\n"
 
 
-def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A Markdown table; empty last columns are left out."""
-    width = len(head) if any(row[-1] for row in rows) else len(head) - 1
-    cells = [head, ("---",) * len(head), *rows]
-    escaped = ([cell.replace("|", "\\|").replace("\n", " ") for cell in row[:width]] for row in cells)
-    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
-
-
-def code(text: str) -> str:
-    """Inline code."""
-    return f"`{text}`"
-
-
 def help_text(what: str, body: str) -> str:
     """What `whyrank VERB --help` prints."""
     return fenced("text", run_whyrank([*what.split(), "--help"], io.StringIO())[0])
@@ -183,45 +171,6 @@ def file(what: str, body: str) -> str:
     return fenced(Path(what).suffix.removeprefix("."), (ROOT / what).read_text(encoding="utf-8"))
 
 
-def results(what: str, body: str) -> str:
-    """Recorded figures of `results/reproduction.json` whose run's name begins with `what`."""
-    recorded = json.loads((ROOT / "results" / "reproduction.json").read_text(encoding="utf-8"))
-    rows = []
-    for row in recorded["rows"]:
-        if row["run"].startswith(what):
-            published = f"{row['published']:.{row['decimals']}f}" if "published" in row else ""
-            rows.append((row["run"], f"{row['value']:.5f}", published))
-    if not rows:
-        raise SystemExit(f"results: no recorded run begins with {what!r}")
-    return table(("run", recorded["measure"], "published"), rows) + provenance(recorded)
-
-
-def demo(what: str, body: str) -> str:
-    """The table of a recorded demo, or that there is none."""
-    place = ROOT / "results" / "demo.json"
-    if not place.is_file():
-        return "No run is recorded yet; `make demo` makes one on your machine.\n"
-    recorded = json.loads(place.read_text(encoding="utf-8"))
-    rows = []
-    for row in recorded["rows"]:
-        low, high = row["nDCG@10_interval"]
-        accuracy = "-" if row["label_accuracy"] is None else f"{row['label_accuracy']:.3f}"
-        figures = (f"{row['nDCG@10']:.3f}", f"{low:.3f} to {high:.3f}", accuracy, f"{row['tokens_per_document']:.1f}")
-        rows.append((row["system"], *figures))
-    head = ("system", "nDCG@10", "95 % interval", "label accuracy", "tokens written per document")
-    minutes = f"{recorded['seconds'] / 60:.1f} minutes on {recorded['hardware']['num_cpus']} CPU cores"
-    return table(head, rows) + provenance(recorded, f"seed {recorded['seed']}", minutes)
-
-
-def provenance(recorded: Mapping[str, Any], *more: str) -> str:
-    """Where a table's figures come from."""
-    return (
-        "\n"
-        + ", ".join((code(recorded["command"]), f"commit {recorded['commit'][:7]}", recorded["date"], *more))
-        + ".\n"
-    )
-
-
 def file_map(what: str, body: str) -> str:
     """The modules with the first lines of their docstrings; `short` stops at packages."""
     lines = ["src/whyrank/", *(f"  {line}" for line in map_lines(SOURCE, is_short=what == "short"))]
@@ -249,8 +198,11 @@ GENERATORS: Mapping[str, Callable[[str, str], str]] = {
     "templates": templates,
     "file": file,
     "map": file_map,
-    "results": results,
-    "demo": demo,
+    "results": tables.reproduction,
+    "demo": tables.demo,
+    "explaining": tables.explaining,
+    "fairness": tables.fairness,
+    "embedded": tables.embedded,
 }
 MARKED = re.compile(
     rf"(?P<begin><!-- (?P<kind>{'|'.join(GENERATORS)})(?:: (?P<what>[^\n]+?))? -->\n)"

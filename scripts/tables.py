@@ -1,0 +1,118 @@
+"""Tables of recorded figures for the documentation; every number comes from `results/*.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from provenance import RESULTS
+
+__all__ = ["code", "demo", "embedded", "explaining", "fairness", "reproduction", "table"]
+
+MEASURE = "nDCG@10"
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table; empty last columns are left out."""
+    width = len(head) if any(row[-1] for row in rows) else len(head) - 1
+    cells = [head, ("---",) * len(head), *rows]
+    escaped = ([cell.replace("|", "\\|").replace("\n", " ") for cell in row[:width]] for row in cells)
+    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
+
+
+def code(text: str) -> str:
+    """Inline code."""
+    return f"`{text}`"
+
+
+def reproduction(what: str, body: str) -> str:
+    """Figures of `reproduction.json` whose run's name begins with `what`."""
+    recorded = _recorded("reproduction.json")
+    rows = []
+    for row in recorded["rows"]:
+        if row["run"].startswith(what):
+            published = f"{row['published']:.{row['decimals']}f}" if "published" in row else ""
+            rows.append((row["run"], f"{row['value']:.5f}", published))
+    if not rows:
+        raise SystemExit(f"results: no recorded run begins with {what!r}")
+    return table(("run", recorded["measure"], "published"), rows) + _provenance(recorded)
+
+
+def demo(what: str, body: str) -> str:
+    """The tables of a recorded demo: `subset`, the domains that its students learned, or `full`, all of them."""
+    recorded = _recorded("demo.json")
+    chosen = [row for row in recorded["rows"] if row["test_set"] == "subset"]
+    rows = []
+    for row in recorded["full_test_set"] if what == "full" else chosen:
+        accuracy = "-" if row["label_accuracy"] is None else f"{row['label_accuracy']:.3f}"
+        figures = (_with_interval(row[MEASURE], row[f"{MEASURE}_interval"]), accuracy)
+        rows.append((row["system"], *figures, f"{row['tokens_per_document']:.1f}"))
+    head = ("system", f"{MEASURE} [95 % interval]", "label accuracy", "tokens written per document")
+    minutes = f"{recorded['seconds'] / 60:.1f} minutes on {recorded['hardware']['num_cpus']} CPU cores"
+    return table(head, rows) + _provenance(recorded, f"seed {recorded['seed']}", minutes)
+
+
+def explaining(what: str, body: str) -> str:
+    """Does explaining help: `table`, or `gain`, one sentence."""
+    recorded = _recorded("explaining.json")
+    if what == "gain":
+        gain = recorded["gain"]
+        low, high = gain["interval"]
+        return (
+            f"Explaining first adds {gain[MEASURE]:.3f} {MEASURE} (95 % interval {low:.3f} to {high:.3f}, paired by "
+            f"query) to the best student that does not, `{gain['over']}`.\n"
+        )
+    slices = ("test", "known_phrasings", "held_out_phrasings", "handwritten")
+    rows = []
+    for row in recorded["rows"]:
+        figures = [_with_interval(row[name][MEASURE], row[name]["interval"]) for name in slices]
+        seeds = " ".join(f"{value:.3f}" for value in row.get("seeds", ()))
+        spent = f"{row['training_tokens'] / 1e6:.1f} M" if "training_tokens" in row else "-"
+        rows.append((row["system"], *figures, seeds or "-", spent))
+    head = ("system", *(name.replace("_", " ") for name in slices), "seeds (test)", "training tokens")
+    return table(head, rows) + _provenance(recorded)
+
+
+def fairness(what: str, body: str) -> str:
+    """Whether the almanac can be gamed: `overlap` by split, or `one-sided` classifiers."""
+    recorded = _recorded("fairness.json")
+    if what == "one-sided":
+        rows = [(f"the {row['sees']} alone", f"{row['accuracy']:.3f}") for row in recorded["one_sided"]]
+        return table(("the classifier sees", "accuracy (chance .333)"), rows) + _provenance(recorded)
+    systems = ("random", "bm25", "bm25-reversed")
+    found = [
+        (row["split"], str(row["num_queries"]), *(_with_interval(row[s][MEASURE], row[s]["interval"]) for s in systems))
+        for row in recorded["overlap"]
+    ]
+    return table(("split", "queries", *systems), found) + _provenance(recorded)
+
+
+def embedded(what: str, body: str) -> str:
+    """The figures of the shipped model."""
+    recorded = _recorded("embedded-model/figures.json")
+    cells: dict[str, dict[str, str]] = {}
+    for row in recorded["rows"]:
+        cells.setdefault(row["test_set"], {})[row["system"].removeprefix("shipped-")] = _with_interval(
+            row[MEASURE], row["interval"]
+        )
+        cells[row["test_set"]]["queries"] = str(row["num_queries"])
+    head = ("test set", "queries", "random", "direct", "explain")
+    return table(head, [(name, *(found.get(key, "-") for key in head[1:])) for name, found in cells.items()]) + (
+        _provenance(recorded, f"{recorded['num_bytes'] / 1e6:.1f} MB on disk")
+    )
+
+
+def _recorded(name: str) -> dict[str, Any]:
+    recorded: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return recorded
+
+
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def _provenance(recorded: Mapping[str, Any], *more: str) -> str:
+    """Where a table's figures come from."""
+    parts = (code(recorded["command"]), f"commit {recorded['commit'][:7]}", recorded["date"], *more)
+    return f"\n{', '.join(parts)}.\n"
