@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sqlite3
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from whyrank.errors import GenerationError, InputError
 from whyrank.generators import Completion, Generator, Sampling
@@ -197,63 +199,124 @@ def judge_into(
 
     Judgments already in the file come first. Failed ones (`error`) are dropped and tried again; a pair whose texts
     have been judged under other ids by the time its turn comes is copied, not computed; a pair that comes twice is
-    judged and yielded once. After a kill nothing is lost and nothing doubled.
+    judged and yielded once. After a kill nothing is lost and nothing doubled. Judgments are read and written one by
+    one: memory holds those that the generator is at work on, however many pairs there are.
 
     Raises:
         InputError: another process is writing the file, it holds something else than judgments, or it holds a
             judgment of one of the pairs that was made differently; a pair comes twice with different texts.
     """
-    with JsonlAppender(path, Judgment) as appender:
+    with JsonlAppender(path, Judgment) as appender, closing(_Ledger(appender)) as ledger:
         counts.num_torn_bytes = appender.num_torn_bytes
-        found = list(appender.existing())
-        kept = [judgment for judgment in found if judgment.status != "error"]
-        known = {(judgment.query_id, judgment.doc_id): judgment for judgment in kept}
-        by_key = {judgment.key: judgment for judgment in kept}
-        reused: deque[Judgment] = deque()
-        seen: dict[tuple[str, str], str] = {}
-
-        def append(judgment: Judgment) -> None:
-            if len(kept) < len(found):  # only now: a job that is refused must leave the file as it is
-                appender.rewrite(kept)
-                found.clear()
-                kept.clear()
-            appender.append(judgment)
-            by_key[judgment.key] = judgment
+        reused: deque[tuple[str, str]] = deque()
 
         def missing() -> Iterator[tuple[Query, Document]]:
             for query, document in pairs:
-                key = judge.key(query, document)
-                ids = (query.query_id, document.doc_id)
-                if ids in seen:
-                    if seen[ids] != key:
-                        raise InputError(f"the pair {ids} comes twice, with different texts")
+                ids, key = (query.query_id, document.doc_id), judge.key(query, document)
+                if not ledger.is_first(ids, key):
                     continue
-                seen[ids] = key
-                here = known.get(ids)
-                if here is not None and here.key != key:
-                    raise InputError(
-                        f"{path} holds a judgment of ({query.query_id}, {document.doc_id}) by {here.model} with "
-                        f"{here.template} in mode {here.mode}, made from another text, model, template, mode, sampling "
-                        "or instruction; choose another output folder"
-                    )
-                if here is None and key in by_key:
-                    here = replace(by_key[key], query_id=query.query_id, doc_id=document.doc_id)
-                    append(here)
-                if here is None:
-                    yield query, document
+                if ledger.holds(ids, key) or ledger.copy(ids, key):
+                    reused.append(ids)
                 else:
-                    reused.append(here)
+                    yield query, document
 
         for _, judgment in judge.judge(missing()):
-            yield from _drain(reused, counts)
-            append(judgment)
+            yield from _drain(reused, ledger, counts)
+            ledger.append(judgment)
             counts.add(judgment, is_new=True)
             yield judgment
-        yield from _drain(reused, counts)
+        yield from _drain(reused, ledger, counts)
 
 
-def _drain(reused: deque[Judgment], counts: JudgingCounts) -> Iterator[Judgment]:
+def _drain(reused: deque[tuple[str, str]], ledger: _Ledger, counts: JudgingCounts) -> Iterator[Judgment]:
     while reused:
-        judgment = reused.popleft()
+        judgment = ledger.read(reused.popleft())
         counts.add(judgment, is_new=False)
         yield judgment
+
+
+class _Ledger:
+    """Which pairs have come, and where in the growing file the judgments lie.
+
+    Kept in a temporary database of SQLite's, which grows on disk and goes with the process: a dictionary over a million
+    pairs takes hundreds of megabytes.
+    """
+
+    def __init__(self, appender: JsonlAppender[Judgment]) -> None:
+        self._appender = appender
+        self._has_failed = False
+        self._tables = sqlite3.connect("", isolation_level=None)
+        self._tables.execute("PRAGMA journal_mode = OFF")
+        self._tables.execute("CREATE TABLE came (ids TEXT PRIMARY KEY, key TEXT) WITHOUT ROWID")
+        self._tables.execute("CREATE TABLE held (ids TEXT PRIMARY KEY, key TEXT, place INTEGER) WITHOUT ROWID")
+        self._tables.execute("CREATE INDEX by_key ON held (key)")
+        self._read_places()
+
+    def close(self) -> None:
+        """Give the temporary database back."""
+        self._tables.close()
+
+    def is_first(self, ids: tuple[str, str], key: str) -> bool:
+        """Note that a pair has come; whether it had not before.
+
+        Raises:
+            InputError: it had, with other texts.
+        """
+        before = self._one("SELECT key FROM came WHERE ids = ?", content_key(*ids))
+        if before is None:
+            self._tables.execute("INSERT INTO came VALUES (?, ?)", (content_key(*ids), key))
+        elif before != key:
+            raise InputError(f"the pair {ids} comes twice, with different texts")
+        return before is None
+
+    def holds(self, ids: tuple[str, str], key: str) -> bool:
+        """Whether the file holds a judgment of the pair.
+
+        Raises:
+            InputError: it holds one that was made differently.
+        """
+        found = self._one("SELECT key FROM held WHERE ids = ?", content_key(*ids))
+        if found is not None and found != key:
+            here = self.read(ids)
+            raise InputError(
+                f"{self._appender.path} holds a judgment of ({here.query_id}, {here.doc_id}) by {here.model} with "
+                f"{here.template} in mode {here.mode}, made from another text, model, template, mode, sampling or "
+                "instruction; choose another output folder"
+            )
+        return found is not None
+
+    def copy(self, ids: tuple[str, str], key: str) -> bool:
+        """Append the judgment of another pair with the same texts under these ids; whether there is one."""
+        place = self._one("SELECT place FROM held WHERE key = ? ORDER BY place DESC LIMIT 1", key)
+        if place is not None:
+            query_id, doc_id = ids
+            self.append(replace(self._appender.record_at(place), query_id=query_id, doc_id=doc_id))
+        return place is not None
+
+    def append(self, judgment: Judgment) -> None:
+        """Append to the file; the first time, failed judgments are dropped from it."""
+        if self._has_failed:  # only now: a job that is refused must leave the file as it is
+            self._appender.rewrite(kept for kept in self._appender.existing() if kept.status != "error")
+            self._read_places()
+        self._add(judgment, self._appender.append(judgment))
+
+    def read(self, ids: tuple[str, str]) -> Judgment:
+        """The judgment of a pair, from the file."""
+        return self._appender.record_at(self._one("SELECT place FROM held WHERE ids = ?", content_key(*ids)))
+
+    def _read_places(self) -> None:
+        self._has_failed = False
+        self._tables.execute("DELETE FROM held")
+        for place, judgment in self._appender.existing_places():
+            if judgment.status == "error":
+                self._has_failed = True
+            else:
+                self._add(judgment, place)
+
+    def _add(self, judgment: Judgment, place: int) -> None:
+        ids = content_key(judgment.query_id, judgment.doc_id)
+        self._tables.execute("INSERT OR REPLACE INTO held VALUES (?, ?, ?)", (ids, judgment.key, place))
+
+    def _one(self, question: str, value: str) -> Any:
+        found = self._tables.execute(question, (value,)).fetchone()
+        return None if found is None else found[0]

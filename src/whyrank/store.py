@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Generic, Self, TextIO, TypeVar, cast
@@ -53,6 +54,7 @@ UTF8_BOM = b"\xef\xbb\xbf"
 DAMAGED_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot hold it
 MAYBE_NOT_FINITE = re.compile(r"NaN|Infinity|[eE]\+?\d{3}")  # a quick look before the exact one
+BYTES_PER_LINE = 1 << 13  # read at once when one record is looked up; most fit
 MEND_OR_SKIP = "Mend the line, or pass --skip-bad to count and skip such lines"
 
 
@@ -237,6 +239,7 @@ class JsonlAppender(Generic[R]):
         self.path = Path(path)
         self.num_torn_bytes = 0
         self._record = record
+        self._adapter = TypeAdapter(record)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: after a failed write nothing may linger in memory and reach the file later.
         self._stream = self.path.open("a+b", buffering=0)
@@ -277,8 +280,31 @@ class JsonlAppender(Generic[R]):
         Raises:
             InputError: a line is damaged; whoever appends makes missing records again.
         """
+        return (record for _, record in self.existing_places())
+
+    def existing_places(self) -> Iterator[tuple[int, R]]:
+        """The same records, each with its place for `record_at`; read as a stream.
+
+        Raises:
+            InputError: as `existing`.
+        """
         again = f"Remove the line: the same command then makes its {self._record.__name__} again"
-        return read_jsonl(self.path, self._record, advice=again)
+        numbered = read_numbered_jsonl(self.path, self._record, advice=again)
+        with self.path.open("rb") as lines:
+            place, num_passed = 0, 0
+            for number, record in numbered:
+                for line in islice(lines, number - 1 - num_passed):
+                    place += len(line)
+                yield place, record
+                place, num_passed = place + len(next(lines)), number
+
+    def record_at(self, place: int) -> R:
+        """The record whose line begins at byte `place`, as told by `existing_places` or `append` since the last
+        `rewrite`."""
+        line = b""
+        while b"\n" not in line:
+            line += os.pread(self._stream.fileno(), BYTES_PER_LINE, place + len(line))
+        return self._adapter.validate_json(line[: line.index(b"\n")], strict=True)
 
     def rewrite(self, records: Iterable[R]) -> None:
         """Replace what is in the file, atomically; used to drop failed records before they are tried again."""
@@ -296,8 +322,8 @@ class JsonlAppender(Generic[R]):
         self._stream.close()
         self._stream = renewed
 
-    def append(self, record: R) -> None:
-        """Hand one record to the operating system, whole or not at all.
+    def append(self, record: R) -> int:
+        """Hand one record to the operating system, whole or not at all; returns its place for `record_at`.
 
         A lone surrogate is written as U+FFFD: readers refuse it, so that here it can only be a model's or a service's,
         and one odd character in an answer must not end a job of hours.
@@ -314,6 +340,7 @@ class JsonlAppender(Generic[R]):
         except BaseException:
             self._stream.truncate(end)
             raise
+        return end
 
     def close(self) -> None:
         """Sync to disk and release the lock."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -84,10 +84,8 @@ def label_files(texts: PairTexts, judge: Judge, out: Path, manifest: Manifest) -
     relations = {(pair.query_id, pair.doc_id): pair.relation for pair in texts.pairs}
     labels: dict[str, Counter[str]] = {}
     first_error: str | None = None
-    pairs: Sequence[tuple[Query, Document]] = [
-        (texts.queries[pair.query_id], texts.documents[pair.doc_id]) for pair in texts.pairs
-    ]
-    with Progress(f"labelling with {judge.generator.name}", len(pairs)) as progress:
+    pairs = ((texts.queries[pair.query_id], texts.documents[pair.doc_id]) for pair in texts.pairs)
+    with Progress(f"labelling with {judge.generator.name}", len(texts.pairs)) as progress:
         for judgment in judge_into(out / "judgments.jsonl", judge, pairs, counts):
             if counts.num_judgments == 1:  # not earlier: a folder that is refused keeps the manifest of its own job
                 manifest.write(out)

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from whyrank.datasets import Run, read_corpus, read_excluded, read_queries, read_rankgpt, read_run, write_run
-from whyrank.errors import InputError
+from whyrank.errors import InputError, TooManyUnparsed
 from whyrank.judging import JudgingCounts, judge_into
 from whyrank.progress import Progress
 from whyrank.records import Document, Judgment, Query, ScoredDocument
@@ -216,20 +216,16 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
     start = time.perf_counter()
     counts = JudgingCounts()
     first_error: str | None = None
-    judgments: dict[str, dict[str, Judgment]] = {query.query_id: {} for query in candidates.queries}
+    arranging = _Arranging(candidates, reranker)
     with Progress(f"judging with {reranker.judge.generator.name}", candidates.num_pairs) as progress:
         for judgment in judge_into(out / "judgments.jsonl", reranker.judge, candidates.pairs(), counts):
             if counts.num_judgments == 1:  # not earlier: a folder that is refused keeps the manifest of its own run
                 manifest.write(out)
-            judgments[judgment.query_id][judgment.doc_id] = judgment
+            arranging.add(judgment)
             first_error = first_error or judgment.error
             progress.advance()
     require_answers(counts.statuses["error"], counts.num_judgments, first_error)
-    lines = {
-        query.query_id: found
-        for query in candidates.queries
-        if (found := _lines_of(query, candidates, reranker, judgments[query.query_id]))
-    }
+    lines = arranging.finish()
     # TREC's columns cannot hold an id with a blank in it; such a run is written as JSON.
     ids = chain(lines, (line.doc_id for ranked in lines.values() for line in ranked))
     has_blanks = any(name.split() != [name] for name in ids)
@@ -255,6 +251,45 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
     }
     manifest.finished(start, counts=all_counts).write(out)
     return outcome
+
+
+class _Arranging:
+    """Puts the candidates of each query in order as soon as all of them are judged, and then forgets the judgments."""
+
+    def __init__(self, candidates: Candidates, reranker: Reranker) -> None:
+        self._candidates = candidates
+        self._reranker = reranker
+        self._queries = {query.query_id: query for query in candidates.queries}
+        self._under_way: dict[str, dict[str, Judgment]] = {}
+        self._lines: dict[str, list[ScoredDocument]] = {}
+        self._refused: dict[str, TooManyUnparsed] = {}
+
+    def add(self, judgment: Judgment) -> None:
+        """One more judgment, of any of the queries."""
+        query_id = judgment.query_id
+        judged = self._under_way.setdefault(query_id, {})
+        judged[judgment.doc_id] = judgment
+        if len(judged) == len(self._candidates.run[query_id]):
+            self._arrange(query_id, self._under_way.pop(query_id))
+
+    def finish(self) -> Run:
+        """The lines of every query that has any, in the order of the queries.
+
+        Raises:
+            TooManyUnparsed: see `ranking.order`; not raised before all is judged, so that nothing is asked twice.
+        """
+        for query_id in self._queries:
+            if query_id not in self._lines and query_id not in self._refused:  # no candidate, or one of them twice
+                self._arrange(query_id, self._under_way.pop(query_id, {}))
+            if query_id in self._refused:
+                raise self._refused[query_id]
+        return {query_id: lines for query_id in self._queries if (lines := self._lines[query_id])}
+
+    def _arrange(self, query_id: str, judgments: Mapping[str, Judgment]) -> None:
+        try:
+            self._lines[query_id] = _lines_of(self._queries[query_id], self._candidates, self._reranker, judgments)
+        except TooManyUnparsed as refusal:
+            self._refused[query_id] = refusal
 
 
 def _lines_of(
