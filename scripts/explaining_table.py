@@ -110,8 +110,11 @@ def _announce(missing: Sequence[Plan], num_plans: int) -> None:
 
 
 def _is_measured(plan: Plan) -> bool:
+    """Whether figures made with the same settings are there; a setting that came later had its default value."""
     path = RESULTS / "explaining" / f"{plan.name}.json"
-    return path.is_file() and read_json(path)["config"] == _as_json(asdict(plan.config))
+    if not path.is_file():
+        return False
+    return {**_as_json(asdict(DistillConfig())), **read_json(path)["config"]} == _as_json(asdict(plan.config))
 
 
 def _figures(plan: Plan, student: Distilled, folder: Path, tests: Mapping[str, Collection]) -> dict[str, Any]:

@@ -18,7 +18,15 @@ import bm25s  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
-from whyrank.almanac import NUM_CANDIDATES, REPEAT_PROBABILITY, Collection, Split, build, load_knowledge
+from whyrank.almanac import (
+    NUM_CANDIDATES,
+    QUOTE_PROBABILITY,
+    REPEAT_PROBABILITY,
+    Collection,
+    Split,
+    build,
+    load_knowledge,
+)
 from whyrank.demo.shallow import Shallow, ShallowKind
 
 DISCOUNTS = [1 / math.log2(rank + 1) for rank in range(1, 11)]
@@ -90,13 +98,43 @@ def test_whether_a_quote_fits_its_document_says_nothing(collection: Collection) 
         for d in knowledge.domains
         for m in d.mechanisms
     }
+    share = REPEAT_PROBABILITY / (REPEAT_PROBABILITY + QUOTE_PROBABILITY)
     for label in (0, 1, 2):
         facts = [collection.document_facts[d] for (_, d), found in collection.labels.items() if found == label]
         quoting = [(entry, entry.quoted) for entry in facts if entry.quoted is not None]
         fits = fmean(quoted in phrases_of[entry.domain, entry.mechanism] for entry, quoted in quoting)
         elsewhere = fmean(domain_of[quoted] != entry.domain for entry, quoted in quoting)
         assert fits == pytest.approx(0.5, abs=0.1), label
-        assert elsewhere == pytest.approx(0.5 * 4 / 19, abs=0.06), label  # 4 of 19 candidates, half of their quotes
+        assert elsewhere == pytest.approx(share * 4 / 19, abs=0.04), label  # 4 of 19, when they repeat the query
+
+
+def test_quotes_together_with_what_they_fit_say_little() -> None:
+    """The best rule about quotes alone: one that repeats the query should fit its document, another should not. It
+    needs to know what fits what, and even so it ranks little better than chance; without the repetitions, which do
+    say something about the query, it stays within the bound of word overlap."""
+    knowledge = load_knowledge()
+    phrases_of = {
+        (d.name, m.id): {text for entry in m.observations for text in d.observation(entry).phrasings}
+        for d in knowledge.domains
+        for m in d.mechanisms
+    }
+    collection = build("test", 300)
+
+    def suspicion(query_id: str, doc_id: str, counts_repetition: bool) -> float:
+        facts = collection.document_facts[doc_id]
+        if facts.quoted is None:
+            return 0.5
+        fits = facts.quoted in phrases_of[facts.domain, facts.mechanism]
+        if collection.repeats_query(query_id, doc_id):
+            return float(not fits) if counts_repetition else 0.5
+        return float(fits)
+
+    for counts_repetition, bound in ((True, RANDOM_NDCG + 0.20), (False, RANDOM_NDCG + 0.10)):
+        values = []
+        for query_id, doc_ids in collection.candidates.items():
+            order = sorted(doc_ids, key=lambda doc_id: suspicion(query_id, doc_id, counts_repetition))
+            values.append(ndcg_at_10([collection.labels[query_id, doc_id] for doc_id in order]))
+        assert RANDOM_NDCG - 0.02 < fmean(values) <= bound
 
 
 # ---- one side alone --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from whyrank.almanac.bright import write_bright
 from whyrank.almanac.collection import NUM_CANDIDATES, Collection, GoldExplanation, build
-from whyrank.almanac.grammar import REPEAT_PROBABILITY, DocumentFacts, QueryFacts
+from whyrank.almanac.grammar import QUOTE_PROBABILITY, REPEAT_PROBABILITY, DocumentFacts, QueryFacts
 from whyrank.almanac.handwritten import handwritten_names, load_handwritten
 from whyrank.almanac.loading import domain_names, load_knowledge
 from whyrank.almanac.reasoning import MAX_EXPLANATION_WORDS, Reasoning
@@ -21,6 +21,7 @@ __all__ = [
     "HANDWRITTEN",
     "MAX_EXPLANATION_WORDS",
     "NUM_CANDIDATES",
+    "QUOTE_PROBABILITY",
     "REPEAT_PROBABILITY",
     "SPLITS",
     "Collection",

@@ -3,13 +3,16 @@
 Pure functions of their arguments and a `random.Random`, of which only `random()` is used: its sequence is the only
 one that Python guarantees across versions and platforms, so the texts are the same bytes everywhere.
 
-Repetition. A document may quote a lay phrase. The quote is never evidence, alone or with the rest of the text:
+Repetition. A document may quote a lay phrase, and whether it does, and which, must not give its label away:
 
 - with probability `REPEAT_PROBABILITY` it is one of the query's two phrases, whatever the label, so that word
   overlap says nothing about the label;
-- with the same probability it is another phrase, drawn so that a quote fits the document's own mechanism in half of
-  all cases, whatever the label: a reader of the document alone learns nothing from whether they fit;
+- with probability `QUOTE_PROBABILITY` it is another phrase, drawn so that a quote fits the document's own mechanism in
+  half of all cases, whatever the label: a reader of the document alone learns nothing from whether they fit;
 - otherwise the document ends in a sentence without a quote.
+
+A query's own phrase always fits a relevant document's mechanism, so the other phrases must fit relevant documents a
+little less often than others. That trace is the smaller the rarer repetition is, which is why it is rare.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-REPEAT_PROBABILITY = 0.4
+REPEAT_PROBABILITY, QUOTE_PROBABILITY = 0.15, 0.65
 SHARE_IN_ONE_BREATH = 0.2  # of queries whose place and trouble are one sentence
 SHARES_OF_MORE = (0.5, 0.2, 0.05)  # of documents with at least one, two, three sentences more than the two
 
@@ -164,7 +167,7 @@ def draw_document(
     quoted = None
     if chance < REPEAT_PROBABILITY:
         quoted = pick(rng, query.phrases)
-    elif chance < 2 * REPEAT_PROBABILITY:
+    elif chance < REPEAT_PROBABILITY + QUOTE_PROBABILITY:
         quoted = _other_phrase(rng, knowledge, domain, mechanism, query, share_elsewhere)
     return DocumentFacts(domain.name, mechanism.id, setting.id, statement, thing, quoted)
 
@@ -179,14 +182,15 @@ def _other_phrase(
 ) -> str:
     """A phrase that is not the query's.
 
-    The query's own phrase fits this mechanism with probability `num_fitting / 2`; the other phrase fits with the
-    rest, which makes one half together. Candidates of other domains quote the query's phrase from elsewhere;
+    The query's own phrase fits this mechanism with probability `num_fitting / 2`; the other phrase fits so often that
+    all quotes together do in half of the cases. Candidates of other domains quote the query's phrase from elsewhere;
     relevant ones quote a phrase from elsewhere as often.
     """
     num_fitting = sum(entry in mechanism.observations for entry in query.observations if domain.name == query.domain)
-    if rng.random() >= num_fitting / 2:
+    odds = REPEAT_PROBABILITY / QUOTE_PROBABILITY
+    if rng.random() < (1 + odds * (1 - num_fitting)) / 2:
         choice = [entry for entry in domain.observations if entry.id in mechanism.observations]
-    elif num_fitting == 2 and rng.random() < share_elsewhere:
+    elif num_fitting == 2 and rng.random() < share_elsewhere * odds * 2 / (1 + odds):
         other = pick(rng, [entry for entry in knowledge.domains if entry.name != domain.name])
         choice = list(other.observations)
     else:

@@ -44,6 +44,8 @@ class DistillConfig:
     """What the student learns: explain, direct or both."""
     is_label_first: bool = False
     """Direct examples go on to the explanation after their label: the same supervision, but no reasons before it."""
+    word_dropout: float = 0.0
+    """Share of the words of queries and documents, drawn at random, that examples leave out: robustness to wording."""
     num_steps: int = 600
     """Optimizer steps."""
     batch_size: int = 64
@@ -85,6 +87,8 @@ class DistillConfig:
                 raise InputError(f"expected {name} of at least 0, found {getattr(self, name)}")
         if not 0 < self.decay_fraction <= 1:
             raise InputError(f"expected decay_fraction above 0 and at most 1, found {self.decay_fraction}")
+        if not 0 <= self.word_dropout < 1:
+            raise InputError(f"expected word_dropout of at least 0 and below 1, found {self.word_dropout}")
         if self.is_label_first and "direct" not in self.modes:
             raise InputError(
                 "is_label_first is about direct examples; expected direct among the modes, found only explain"

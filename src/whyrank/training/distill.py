@@ -93,7 +93,19 @@ def distill(
     device = resolve_device(config.device)
     tokenizer, model = _student(judgments, queries, documents, template, config, device)
     tokens = ChatTokens(tokenizer)
-    examples = list(examples_of(judgments, queries, documents, template, tokens, config.modes, config.is_label_first))
+    examples = list(
+        examples_of(
+            judgments,
+            queries,
+            documents,
+            template,
+            tokens,
+            config.modes,
+            is_label_first=config.is_label_first,
+            word_dropout=config.word_dropout,
+            seed=config.seed,
+        )
+    )
     _check(examples, model)
     # What is trained on, not where it came from: a judgment's key stays when its label is made anew.
     identity = content_key(template.version, repr(config), *(content_key(repr(example)) for example in examples))

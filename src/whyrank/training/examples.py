@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor
@@ -33,18 +34,22 @@ def examples_of(
     template: Template,
     tokens: ChatTokens,
     modes: Sequence[Mode] = ("explain",),
+    *,
     is_label_first: bool = False,
+    word_dropout: float = 0.0,
+    seed: int = 0,
 ) -> Iterator[Example]:
     """One example per teachable judgment and mode; the others are left out.
 
     The document is cut as it was for the teacher by the template's own limit, so that training and ranking see
-    the same text. With `is_label_first` a direct example ends in its judgment's explanation.
+    the same text. With `is_label_first` a direct example ends in its judgment's explanation. With `word_dropout` each
+    example leaves out that share of its words, drawn by `seed` and its place.
 
     Raises:
         InputError: a judgment's query or document is not given, it was made on another scale, or it has no
             explanation to learn from because it was made in direct mode.
     """
-    for judgment in judgments:
+    for number, judgment in enumerate(judgments):
         if judgment.label is None or not is_teachable(judgment):
             continue
         query, document = queries.get(judgment.query_id), documents.get(judgment.doc_id)
@@ -53,7 +58,9 @@ def examples_of(
             raise InputError(f"{_who(judgment)}: {missing} is not in the given files")
         _check(judgment, template, needs_why="explain" in modes or is_label_first)
         for mode in modes:
-            prompt = tokens.prompt_ids(template.render(query.text, document.full_text, tokens, mode=mode).request)
+            rng = Random(f"{seed}/{number}/{mode}")
+            texts = [_with_dropout(text, word_dropout, rng) for text in (query.text, document.full_text)]
+            prompt = tokens.prompt_ids(template.render(*texts, tokens, mode=mode).request)
             written = _written(template, judgment.label, judgment.explanation, mode, is_label_first)
             answer = [*_ids(written, tokens), *sorted(tokens.eos_ids)[:1]]
             yield Example((*prompt, *answer), len(prompt))
@@ -78,6 +85,15 @@ def _check(judgment: Judgment, template: Template, needs_why: bool) -> None:
         )
     if judgment.mode == "direct" and needs_why:
         raise InputError(f"{_who(judgment)} was made in direct mode and has no explanation; teach --modes direct")
+
+
+def _with_dropout(text: str, share: float, rng: Random) -> str:
+    """The text without some of its words, at least one of which stays; white space is kept only where it is plain."""
+    if not share:
+        return text
+    words = text.split()
+    kept = [word for word in words if rng.random() >= share]
+    return " ".join(kept or words[:1])
 
 
 def _who(judgment: Judgment) -> str:
