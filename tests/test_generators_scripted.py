@@ -189,13 +189,23 @@ def test_overlap_says_what_it_does_and_names_five_words_at_most() -> None:
     assert "comparison of words only" in overlap("rust", "water").text
 
 
+@pytest.mark.parametrize("num_asked", [9, 30, 300])
+def test_overlap_gives_every_label_to_queries_of_any_length(num_asked: int) -> None:
+    # Eight words count as all: 2 are below a third (8 / 3 = 2.67), 5 below two thirds (5.33), 6 above.
+    words = [f"w{n}" for n in range(num_asked)]
+    for num_shared, label in ((2, 0), (3, 1), (5, 1), (6, 2), (9, 2)):
+        found = overlap(" ".join(words), " ".join([*words[:num_shared], *(f"x{n}" for n in range(200))]))
+        assert found.label_probs == tuple(float(n == label) for n in range(3))
+        assert f"shares {num_shared} of the query's {num_asked} words, where 8 count as all (w0, w1" in found.text
+
+
 def test_overlap_fits_every_scale_and_any_text() -> None:
     assert overlap("a b1 b2", "b1", Template.load("explain-true-false")).label_probs == (0.0, 1.0)  # half: upper band
-    # 3 of 10 words on eleven labels: 0.3 * 11 = 3.3
+    # 3 of 10 words, of which 8 would be all, on eleven labels: 3 / 8 * 11 = 4.125
     ten = " ".join(f"w{n}" for n in range(10))
     probs = overlap(ten, "w0 w4 w9", Template.load("explain-0-10")).label_probs
     assert probs is not None
-    assert probs.index(1.0) == 3
+    assert probs.index(1.0) == 4
     assert overlap("?!", "...").label_probs == (1.0, 0.0, 0.0)
     assert overlap("STRASSE", "straße").label_probs == (0.0, 0.0, 1.0)  # case folding
     assert overlap("why iron", "iron") == overlap("why iron", "iron")

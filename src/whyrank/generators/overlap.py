@@ -11,6 +11,7 @@ from whyrank.generators.scripted import approximate_counts
 __all__ = ["Overlap"]
 
 MAX_NAMED_WORDS = 5
+ENOUGH_WORDS = 8  # a question of a hundred words shares few of them even with the page that answers it
 STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -22,10 +23,11 @@ STOP_WORDS = frozenset(
 
 
 class Overlap:
-    """Labels a pair by the share of the query's words that the document holds, and says so in every explanation.
+    """Labels a pair by how many of the query's words the document holds, and says so in every explanation.
 
-    The share, in [0, 1], is divided into as many equal bands as there are labels; the label of its band gets
-    probability 1. A query without words gets the lowest label.
+    All of the query's words, or eight of a longer query, are a share of 1. The share, in [0, 1], is divided into as
+    many equal bands as there are labels; the label of its band gets probability 1. A query without words gets the
+    lowest label.
     """
 
     @property
@@ -48,7 +50,8 @@ class Overlap:
         offered = frozenset(content_words(request.text_of("document")))
         shared = [word for word in asked if word in offered]
         num_labels = len(request.labels)
-        band = min(len(shared) * num_labels // len(asked), num_labels - 1) if asked else 0
+        num_enough = min(len(asked), ENOUGH_WORDS)
+        band = min(len(shared) * num_labels // num_enough, num_labels - 1) if asked else 0
         text = "" if request.is_direct else _explain(shared, len(asked))
         num_prompt, num_completion = approximate_counts(request, text)
         return Completion(
@@ -67,9 +70,10 @@ def content_words(text: str) -> list[str]:
 
 
 def _explain(shared: list[str], num_asked: int) -> str:
+    rule = f", where {ENOUGH_WORDS} count as all" if num_asked > ENOUGH_WORDS else ""
     compared = "This is a comparison of words only, not of meaning"
     if not shared:
         return f"{compared}: the document shares none of the query's {num_asked} words."
     named = ", ".join(shared[:MAX_NAMED_WORDS])
     more = " and others" if len(shared) > MAX_NAMED_WORDS else ""
-    return f"{compared}: the document shares {len(shared)} of the query's {num_asked} words ({named}{more})."
+    return f"{compared}: the document shares {len(shared)} of the query's {num_asked} words{rule} ({named}{more})."
