@@ -5,10 +5,11 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 # One thread per process: the models of the tests are tiny, and threads only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo demo-smoke test test-slow check docs constraints clean
+.PHONY: help demo demo-smoke results test test-slow check docs constraints clean
 
 help:
 	@echo "make demo         train two tiny students on the embedded almanac and compare them (minutes, CPU)"
+	@echo "make results      train the fifteen students of the full table (hours; says how long, can be interrupted)"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the longer ones too"
 	@echo "make check        lint, format, types, documentation"
@@ -38,6 +39,11 @@ demo: .venv/installed-all
 demo-smoke: .venv/installed-all
 	rm -rf out/demo-smoke
 	$(BIN)/whyrank demo --num-steps 3 --num-queries 2 -o out/demo-smoke
+
+# Results that are recorded in results/ are not measured again; remove a file there to repeat it.
+results: .venv/installed-all
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/explaining_table.py out/explaining
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/fairness.py
 
 test: .venv/installed-dev
 	$(PYTEST) -n 2

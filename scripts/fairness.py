@@ -44,26 +44,13 @@ def _overlap(splits: dict[str, Collection]) -> Iterator[dict[str, Any]]:
 def _balanced_accuracy(kind: ShallowKind, test: Collection) -> float:
     """The mean share of right answers over the three labels, so that a label's frequency is worth nothing."""
     train = build("train", NUM_TRAIN_QUERIES)
-    pairs = _balanced(train)
-    model = Shallow.train(kind, train, pairs)
+    model = Shallow.train(kind, train, training_pairs(train, num_irrelevant=2))  # it weighs the labels equally itself
     asked = list(test.labels)
     guesses = model.probabilities(test, asked).argmax(axis=1)
     hits: dict[int, list[bool]] = {0: [], 1: [], 2: []}
     for pair, guess in zip(asked, guesses, strict=True):
         hits[test.labels[pair]].append(test.labels[pair] == guess)
     return fmean(fmean(found) for found in hits.values())
-
-
-def _balanced(collection: Collection) -> list[tuple[str, str]]:
-    """Two pairs of every label and query."""
-    taken: dict[tuple[str, int], int] = {}
-    chosen = []
-    for pair in training_pairs(collection, num_irrelevant=2):
-        key = (pair[0], collection.labels[pair])
-        taken[key] = taken.get(key, 0) + 1
-        if taken[key] <= 2:
-            chosen.append(pair)
-    return chosen
 
 
 if __name__ == "__main__":

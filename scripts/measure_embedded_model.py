@@ -20,9 +20,8 @@ from provenance import RESULTS, provenance, write_result
 
 from whyrank.almanac import NUM_CANDIDATES, Collection, build, load_handwritten
 from whyrank.datasets import read_qrels, read_rankgpt
-from whyrank.demo.systems import MEASURE, Row, bootstrap_interval, random_row, student_row
+from whyrank.demo.systems import MEASURE, Row, bootstrap_interval, loaded, random_row, student_row
 from whyrank.evaluation import evaluate
-from whyrank.generators.hf import HfGenerator
 from whyrank.generators.opening import EMBEDDED_MODEL
 from whyrank.records import Mode, ScoredDocument
 from whyrank.rerank import Reranker
@@ -41,8 +40,7 @@ def main(data: Path | None) -> None:
     for name, test in tests.items():
         rows += _slices(name, test, random_row(test, seed=0))
     for mode in get_args(Mode):
-        generator = HfGenerator.load(EMBEDDED_MODEL, device="cpu", dtype="float32", batch_size=48, name="shipped")
-        reranker = Reranker.of(template, generator, mode=mode)
+        reranker = Reranker.of(template, loaded(EMBEDDED_MODEL), mode=mode)
         for name, test in tests.items():
             rows += _slices(name, test, student_row(test, reranker, mode, WORK / f"{name}-{mode}"))
         if data is not None:

@@ -19,12 +19,22 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+# Read when the script starts: what is committed while it runs is not what ran.
+COMMIT = _git("rev-parse", "HEAD")
+IS_CHANGED = bool(_git("status", "--porcelain", "--untracked-files=no", "src", "scripts"))
+
+
 def provenance(command: str) -> dict[str, Any]:
-    """Command, commit, date and hardware."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT)
+    """Command, commit, whether the sources differed from it, date and hardware."""
     return {
         "command": command,
-        "commit": commit.stdout.strip(),
+        "commit": COMMIT,
+        "is_changed": IS_CHANGED,
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} CPU cores",
     }

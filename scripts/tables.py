@@ -54,23 +54,25 @@ def demo(what: str, body: str) -> str:
 
 
 def explaining(what: str, body: str) -> str:
-    """Does explaining help: `table`, or `gain`, one sentence."""
+    """Does explaining help: the `table`, or the `gains` over every other system."""
     recorded = _recorded("explaining.json")
-    if what == "gain":
-        gain = recorded["gain"]
-        low, high = gain["interval"]
-        return (
-            f"Explaining first adds {gain[MEASURE]:.3f} {MEASURE} (95 % interval {low:.3f} to {high:.3f}, paired by "
-            f"query) to the best student that does not, `{gain['over']}`.\n"
-        )
+    rows: list[tuple[str, ...]]
+    if what == "gains":
+        by_system: dict[str, dict[str, str]] = {}
+        for gain in recorded["gains"]:
+            shown = _with_interval(gain[MEASURE], gain["interval"])
+            by_system.setdefault(gain["over"], {})[gain["test_set"]] = shown
+        rows = [(system, found["test"], found["handwritten"]) for system, found in by_system.items()]
+        return table(("`explain` minus", "test", "handwritten"), rows) + _provenance(recorded)
     slices = ("test", "known_phrasings", "held_out_phrasings", "handwritten")
     rows = []
     for row in recorded["rows"]:
         figures = [_with_interval(row[name][MEASURE], row[name]["interval"]) for name in slices]
-        seeds = " ".join(f"{value:.3f}" for value in row.get("seeds", ()))
-        spent = f"{row['training_tokens'] / 1e6:.1f} M" if "training_tokens" in row else "-"
-        rows.append((row["system"], *figures, seeds or "-", spent))
-    head = ("system", *(name.replace("_", " ") for name in slices), "seeds (test)", "training tokens")
+        seeds = " ".join(f"{value:.3f}" for value in row.get("seeds", ())) or "-"
+        spent = f"{row['num_tokens'] / 1e6:.1f} M" if "num_tokens" in row else "-"
+        loss = f"{row['last_loss']:.3f}" if "last_loss" in row else "-"
+        rows.append((row["system"], *figures, seeds, spent, loss))
+    head = ("system", *(name.replace("_", " ") for name in slices), "seeds (test)", "training tokens", "last loss")
     return table(head, rows) + _provenance(recorded)
 
 
@@ -93,9 +95,7 @@ def embedded(what: str, body: str) -> str:
     recorded = _recorded("embedded-model/figures.json")
     cells: dict[str, dict[str, str]] = {}
     for row in recorded["rows"]:
-        cells.setdefault(row["test_set"], {})[row["system"].removeprefix("shipped-")] = _with_interval(
-            row[MEASURE], row["interval"]
-        )
+        cells.setdefault(row["test_set"], {})[row["system"]] = _with_interval(row[MEASURE], row["interval"])
         cells[row["test_set"]]["queries"] = str(row["num_queries"])
     head = ("test set", "queries", "random", "direct", "explain")
     return table(head, [(name, *(found.get(key, "-") for key in head[1:])) for name, found in cells.items()]) + (

@@ -11,7 +11,7 @@ target=src/whyrank/almanac/model
 "$bin/whyrank" almanac export --split train --num-queries 6000 --num-irrelevant 5 -o "$work/train"
 "$bin/whyrank" distill --judgments "$work/train/judgments.jsonl" --queries "$work/train/queries.jsonl" \
   --corpus "$work/train/corpus.jsonl" --template almanac --modes explain,direct --vocab-size 4096 \
-  --optimizer muon --learning-rate 6e-3 --num-steps 2000 --num-threads 1 -o "$work/model"
+  --optimizer muon --learning-rate 6e-3 --word-dropout 0.1 --num-steps 1800 --num-threads 1 -o "$work/model"
 
 mkdir -p "$target" results/embedded-model
 cp "$work"/model/{config.json,generation_config.json,model.safetensors,tokenizer.json,tokenizer_config.json,whyrank.json} \

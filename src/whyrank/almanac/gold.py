@@ -68,7 +68,10 @@ def gold_judgments(
 def with_shuffled_explanations(judgments: Sequence[Judgment], *, seed: int = 0) -> Iterator[Judgment]:
     """The same pairs and labels, every explanation given to a pair drawn at random: the control that has as many
     tokens to write, and no reasons in them."""
-    explanations = [judgment.explanation for judgment in judgments]
-    Random(seed).shuffle(explanations)
-    for judgment, explanation in zip(judgments, explanations, strict=True):
+    order = list(range(len(judgments)))
+    Random(seed).shuffle(order)
+    # Each takes from the next in a random circle, so that none keeps its own.
+    giver = dict(zip(order, order[1:] + order[:1], strict=True))
+    for number, judgment in enumerate(judgments):
+        explanation = judgments[giver[number]].explanation
         yield replace(judgment, explanation=explanation, model=f"{judgment.model}-shuffled")

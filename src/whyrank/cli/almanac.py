@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,6 +15,7 @@ from whyrank.almanac.links import LinksConfig, answer_links
 from whyrank.almanac.teacher import TeacherConfig, teacher_judgments
 from whyrank.cli.options import Json, as_usage_error, console, print_json
 from whyrank.errors import InputError
+from whyrank.records import Judgment, Pair
 from whyrank.store import write_jsonl
 from whyrank.template import Template
 
@@ -53,6 +54,7 @@ def export(
         bool,
         typer.Option("--teacher", help="Also write teacher.jsonl, by a teacher that errs, and pairs.jsonl, links."),
     ] = False,
+    teacher_seed: Annotated[int, typer.Option(help="Chooses what the teacher is wrong about.")] = 0,
     mistake: Annotated[
         list[str] | None,
         typer.Option(metavar="KIND=RATE", help=f"What the teacher gets wrong, repeatable: {', '.join(MISTAKES)}."),
@@ -76,7 +78,7 @@ def export(
     if (mistake or link) and not has_teacher:
         raise typer.BadParameter("--mistake and --link are about what --teacher writes; add --teacher")
     with as_usage_error():
-        errs = _with_rates(replace(TeacherConfig(), seed=seed), "--mistake", mistake or (), MISTAKES)
+        errs = _with_rates(TeacherConfig(seed=teacher_seed), "--mistake", mistake or (), MISTAKES)
         links = _with_rates(LinksConfig(), "--link", link or (), LINKS)
     if split == HANDWRITTEN:
         collection = load_handwritten(domain, num_queries=num_queries)
@@ -95,15 +97,22 @@ def export(
     }
     if has_teacher:
         said = teacher_judgments(collection, template, errs, num_irrelevant=num_irrelevant, seed=seed)
-        counts["teacher judgments"] = write_jsonl(out / "teacher.jsonl", said)
-        pairs = list(answer_links(collection, links, seed))
-        write_jsonl(out / "pairs.jsonl", pairs)
-        counts["links"] = sum(pair.relation == "linked" for pair in pairs)
+        counts |= _write_evidence(out, said, answer_links(collection, links, seed))
     if json:
         print_json({"out": str(out), "split": split, **counts})
         return
     described = ", ".join(f"{count} {name}" for name, count in counts.items())
     console().print(f"{described} of the {split} split in {out}")
+
+
+def _write_evidence(out: Path, said: Iterable[Judgment], links: Iterable[Pair]) -> dict[str, int]:
+    """What a real collection would have in place of gold: a teacher's word, and links."""
+    pairs = list(links)
+    write_jsonl(out / "pairs.jsonl", pairs)
+    return {
+        "teacher judgments": write_jsonl(out / "teacher.jsonl", said),
+        "links": sum(pair.relation == "linked" for pair in pairs),
+    }
 
 
 def _with_rates(config: Rates, option: str, texts: Sequence[str], kinds: Sequence[str]) -> Rates:

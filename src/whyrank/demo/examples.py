@@ -40,8 +40,12 @@ def choose_examples(collection: Collection, row: Row, reranker: Reranker, folder
     best = [max(ids, key=row.per_query.__getitem__) for ids in (known, held_out) if ids]
     worst = min(row.per_query, key=row.per_query.__getitem__)
     titles = {
-        **dict.fromkeys(best, "A query in phrasings that training has seen"),
-        **{query_id: "A query in phrasings that training has never seen" for query_id in best if query_id in held_out},
+        **dict.fromkeys(best, "The best ranking of a query in phrasings that training has seen"),
+        **{
+            query_id: "The best ranking of a query in phrasings that training has never seen"
+            for query_id in best
+            if query_id in held_out
+        },
         worst: "The query on which the explaining student does worst",
     }
     candidates = candidates_of(collection)

@@ -25,8 +25,7 @@ from whyrank.demo.config import RECIPE, DemoConfig
 from whyrank.demo.examples import ExampleRanking, choose_examples
 from whyrank.demo.report import write_report
 from whyrank.demo.students import Plan, steps_for_same_compute, train_students
-from whyrank.demo.systems import MEASURE, Row, bm25_row, random_row, student_row
-from whyrank.generators.hf import HfGenerator
+from whyrank.demo.systems import MEASURE, Row, bm25_row, loaded, random_row, student_row
 from whyrank.generators.opening import EMBEDDED_MODEL
 from whyrank.records import Mode
 from whyrank.rerank import Reranker
@@ -38,7 +37,6 @@ __all__ = ["DemoOutcome", "run_demo"]
 
 TEMPLATE = "almanac"
 NUM_SHOWN = 3
-RANKING_BATCH = 48
 MODES: tuple[Mode, Mode] = ("direct", "explain")
 
 
@@ -128,8 +126,7 @@ def _students(out: Path, train: Collection, template: Template, config: DemoConf
 
 
 def _reranker(model: Path, mode: Mode, template: Template) -> Reranker:
-    generator = HfGenerator.load(model, device="cpu", dtype="float32", batch_size=RANKING_BATCH, name=f"demo-{mode}")
-    return Reranker.of(template, generator, mode=mode)
+    return Reranker.of(template, loaded(model), mode=mode)
 
 
 def _facts(

@@ -61,31 +61,46 @@ def train_students(
     Raises:
         WhyrankError: see `distill`.
     """
-    num_cores = os.cpu_count() or 1
-    num_threads = max(1, num_cores // len(plans))
+    num_workers = min(os.cpu_count() or 1, len(plans))
     context = multiprocessing.get_context("spawn")
     with (
         context.Manager() as manager,
-        ProcessPoolExecutor(min(num_cores, len(plans)), mp_context=context) as pool,
+        ProcessPoolExecutor(num_workers, mp_context=context) as pool,
         Progress(f"training {len(plans)} students", sum(plan.config.num_steps for plan in plans)) as progress,
     ):
         steps: Queue[Step] = manager.Queue()
         waiting: dict[str, Future[Distilled]] = {}
         for plan in plans:
-            threaded = replace(plan, config=replace(plan.config, num_threads=num_threads))
-            waiting[plan.name] = pool.submit(_train, threaded, data, out / plan.name, template.to_dict(), steps)
-        reported: set[str] = set()
-        while len(reported) < len(plans):
-            try:
-                steps.get(timeout=SECONDS_BETWEEN_LOOKS)
-                progress.advance()
-            except Empty:
-                pass
-            for plan in plans:
-                if plan.name not in reported and waiting[plan.name].done():
-                    on_trained(plan, waiting[plan.name].result())
-                    reported.add(plan.name)
+            # One thread each, however many plans there are: a student's own config must not depend on its company.
+            alone = replace(plan, config=replace(plan.config, num_threads=1))
+            waiting[plan.name] = pool.submit(_train, alone, data, out / plan.name, template.to_dict(), steps)
+        try:
+            _watch(plans, waiting, steps, progress, on_trained)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         return {name: student.result() for name, student in waiting.items()}
+
+
+def _watch(
+    plans: Sequence[Plan],
+    waiting: Mapping[str, Future[Distilled]],
+    steps: Queue[Step],
+    progress: Progress,
+    on_trained: Callable[[Plan, Distilled], None],
+) -> None:
+    """Count steps and report students until all are done."""
+    reported: set[str] = set()
+    while len(reported) < len(plans):
+        try:
+            steps.get(timeout=SECONDS_BETWEEN_LOOKS)
+            progress.advance()
+        except Empty:
+            pass
+        for plan in plans:
+            if plan.name not in reported and waiting[plan.name].done():
+                on_trained(plan, waiting[plan.name].result())
+                reported.add(plan.name)
 
 
 def steps_for_same_compute(
@@ -105,7 +120,14 @@ def _train(plan: Plan, data: Path, out: Path, template: Mapping[str, object], st
     """One student, in a process of its own."""
     judgments, queries, documents = _read(plan.judgments, data)
     taught = Template.from_dict(template, where=plan.name)
-    return distill(judgments, queries, documents, taught, out, plan.config, on_step=steps.put)
+    parent = multiprocessing.parent_process()
+
+    def on_step(step: Step) -> None:
+        if parent is not None and not parent.is_alive():  # killed: another run may already be training this student
+            raise SystemExit(1)
+        steps.put(step)
+
+    return distill(judgments, queries, documents, taught, out, plan.config, on_step=on_step)
 
 
 def _read(judgments: Path, data: Path) -> tuple[list[Judgment], dict[str, Query], dict[str, Document]]:

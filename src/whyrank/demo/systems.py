@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from whyrank.almanac import Collection
 from whyrank.evaluation import evaluate
+from whyrank.generators.hf import HfGenerator
+from whyrank.generators.hf.load import weights_digest
 from whyrank.records import Judgment, Mode, Query, ScoredDocument
 from whyrank.rerank import Reranker
 from whyrank.search import Bm25Index
@@ -26,6 +29,7 @@ __all__ = [
     "bm25_row",
     "bootstrap_interval",
     "candidates_of",
+    "loaded",
     "per_query",
     "random_row",
     "student_row",
@@ -33,6 +37,7 @@ __all__ = [
 
 MEASURE = "nDCG@10"
 NUM_SHUFFLES = 200
+RANKING_BATCH = 48
 NUM_RESAMPLES = 2000
 
 
@@ -115,6 +120,12 @@ def bm25_row(collection: Collection, *, is_reversed: bool = False) -> Row:
     )
 
 
+def loaded(model: Path) -> HfGenerator:
+    """A student, named after its weights: judgments of an earlier one in the same folder are not taken for its own."""
+    generator = HfGenerator.load(model, device="cpu", dtype="float32", batch_size=RANKING_BATCH)
+    return replace(generator, name=f"{model.name}@{weights_digest(generator.model)}")
+
+
 def student_row(collection: Collection, reranker: Reranker, system: str, out: Path) -> Row:
     """A trained model, run by the same code as `whyrank rerank`; leaves run, judgments and manifest in `out`."""
     candidates = candidates_of(collection)
@@ -148,9 +159,20 @@ def per_query(collection: Collection, ranked: Callable[[Query], Sequence[str]]) 
     return dict(evaluate(collection.qrels, {"run": run}, [MEASURE]).runs[0].per_query[MEASURE])
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean over queries (Efron & Tibshirani 1993, chapter 13)."""
-    data = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(0, len(data), size=(NUM_RESAMPLES, len(data)))
-    low, high = np.quantile(data[drawn].mean(axis=1), [0.025, 0.975])
+def bootstrap_interval(values: Sequence[float] | NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean (Efron & Tibshirani 1993, chapter 13).
+
+    Args:
+        values: one per query, or `(runs, queries)`: then runs and queries are both drawn anew, so that the interval
+            covers another training run as well as other queries.
+        seed: fixes the resamples.
+    """
+    data = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    num_runs, num_queries = data.shape
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(NUM_RESAMPLES):
+        runs, queries = rng.integers(0, num_runs, num_runs), rng.integers(0, num_queries, num_queries)
+        means.append(data[np.ix_(runs, queries)].mean())
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -7,6 +7,7 @@ arXiv 2502.16982, section 2.2), so that both follow one learning rate.
 
 from __future__ import annotations
 
+from torch.nn import Embedding
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
 
@@ -27,10 +28,9 @@ def optimizers_of(model: PreTrainedModel, config: DistillConfig) -> tuple[Optimi
     """
     if config.optimizer == "adamw":
         return (AdamW(model.parameters(), lr=0.0, betas=BETAS, weight_decay=config.weight_decay),)
-    # The output matrix is an embedding, too, whether or not it is tied to the input's.
-    embeddings = {
-        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
-    }
+    # Tables of tokens and of positions; the output matrix is one, too, whether or not it is tied to the input's.
+    tables = [module for module in model.modules() if isinstance(module, Embedding)]
+    embeddings = {id(module.weight) for module in (*tables, model.get_output_embeddings()) if module}
     is_matrix = {p: p.ndim == 2 and id(p) not in embeddings for p in model.parameters() if p.requires_grad}
     return (
         Muon([p for p, yes in is_matrix.items() if yes], lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn=SCALED),
