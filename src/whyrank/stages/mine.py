@@ -56,9 +56,8 @@ def mine_files(
                 yield post
 
         mined = mine(counted(), PageStore.read(*pages, bad=bad), config, exclude_texts=texts, counts=counts)
-    written = write(mined, out, config, clock_start=start)
+    written = write(mined, out, config)
     counted_bad = {"lines.bad": bad.count} if bad is not None else {}
-    # In place of the one that tells of the writing alone: it knows the inputs, every option and when it all began.
-    manifest = manifest.finished(start, counts={**written.counts, **counted_bad})
+    manifest = manifest.finished(start, counts={**written, **counted_bad})
     manifest.write(out)
     return manifest
