@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+
+from tests.command_line import DOCUMENTS, QRELS, QUERIES, RUN
+from whyrank.records import Pair
+from whyrank.store import write_jsonl
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -17,3 +22,18 @@ def shared_data() -> Path:
     if not place.is_dir():
         pytest.skip(f"real data not found at {place}: set WHYRANK_DATA")
     return place
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one file of each kind, and the present one."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("docs.jsonl", DOCUMENTS)
+    write_jsonl("queries.jsonl", QUERIES)
+    Path("run.trec").write_text("\n".join(RUN) + "\n")
+    Path("qrels.txt").write_text("\n".join(QRELS) + "\n")
+    hits = [{"qid": "q1", "docid": d.doc_id, "content": d.full_text, "score": 9 - i} for i, d in enumerate(DOCUMENTS)]
+    Path("rankgpt.json").write_text(json.dumps([{"query": QUERIES[0].text, "hits": hits[:3]}]))
+    pairs = [Pair("q1", "d2", "linked", "17"), Pair("q1", "d3", "negative"), Pair("q2", "d4", "negative")]
+    write_jsonl("pairs.jsonl", pairs)
+    return tmp_path
