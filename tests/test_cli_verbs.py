@@ -133,7 +133,37 @@ def test_mine() -> None:
     assert found["out"] == "mined"
     assert (found["counts"]["questions"], found["counts"]["pairs.linked"]) == (8, 8)
     assert Path("mined/corpus.jsonl").is_file()
+    assert "Nothing was kept" not in run(*words).stdout
     assert run_json(*words[:-1], "few", "--limit", "3")["counts"]["questions"] == 3
+
+
+ASKED = '<row Id="1" PostTypeId="1" CreationDate="2020-01-01T00:00:00.000" Score="5" Title="Why?" Body="Why so?" />'
+LINKS = "".join(f'&lt;a href="https://plants.botany.org/{name}"&gt;this&lt;/a&gt;' for name in ("a.png", "b.png", "c"))
+ANSWERED = (
+    '<row Id="2" PostTypeId="2" ParentId="1" CreationDate="2020-01-02T00:00:00.000" Score="3" Body="'
+    + LINKS.replace('"', "&quot;")
+    + '" />'
+)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("rows", "reasons"),
+    [
+        # Two links to images are dropped, the third leads to a page that was not given.
+        ([ASKED, ANSWERED], ["2 links.dropped.image", "1 links.without_text", "1 questions.without_text"]),
+        ([ASKED], ["1 questions.without_usable_link"]),
+        ([ANSWERED], ["3 links.dropped.without_question", "1 answers.without_question"]),
+        ([], ["nothing: the dump holds no questions"]),
+    ],
+)
+def test_mining_that_keeps_nothing_says_why(rows: list[str], reasons: list[str]) -> None:
+    Path("Posts.xml").write_text(POSTS.format(rows="\n".join(rows)))
+    done = run("mine", "--posts", "Posts.xml", "--site", "questions.example", "-o", "mined")
+    _, heading, *shown = done.stdout.splitlines()
+    assert (done.exit_code, heading) == (0, "Nothing was kept. What was left out, as counted in manifest.json:")
+    assert shown[: len(reasons)] == [f"  {reason}" for reason in reasons]
+    assert not any(line.startswith("  ") for line in shown[len(reasons) :])
 
 
 @pytest.mark.usefixtures("here")

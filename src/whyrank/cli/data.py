@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,6 +33,10 @@ from whyrank.stages.search import search_files
 __all__ = ["evaluate", "mine", "search"]
 
 MINING = MiningConfig(site="example.com")
+LEFT_OUT = (
+    *("questions.", "links.dropped.", "links.without_text", "links.to_contaminated", "answers.without_question"),
+    *("posts.skipped", "posts.bad", "lines.bad"),
+)
 
 
 def mine(
@@ -89,11 +94,22 @@ def mine(
         f"{counts['documents']} documents, {counts['pairs.linked']} linked and {counts['pairs.negative']} negative "
         f"pairs in {out} ({manifest.seconds:.1f} s)"
     )
+    if not counts["questions.kept"]:
+        console().print(
+            "\n".join(["Nothing was kept. What was left out, as counted in manifest.json:", *_reasons(counts)])
+        )
     if counts["links.without_text"]:
         remedy = ", or take the answer's own words with --without-page context" if without_page == "skip" else ""
         console().print(
             f"{counts['links.without_text']} links lead to pages without text here: give texts with --pages{remedy}"
         )
+
+
+def _reasons(counts: Mapping[str, int]) -> list[str]:
+    """A line for each reason why questions, links or posts were left out, the most frequent first."""
+    names = [name for name in counts if name.startswith(LEFT_OUT) and name != "questions.kept" and counts[name]]
+    named = [f"  {counts[name]} {name}" for name in sorted(names, key=lambda name: (-counts[name], name))]
+    return named or ["  nothing: the dump holds no questions"]
 
 
 def search(
