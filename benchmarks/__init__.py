@@ -1,0 +1,1 @@
+"""How fast whyrank is: one command per question, run from a checkout."""
