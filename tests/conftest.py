@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import DOCUMENTS, QRELS, QUERIES, RUN
+from tests.user_templates import RULED, SHIPPED, THINKING, from_toml
 from whyrank.records import Pair
 from whyrank.store import write_jsonl
+from whyrank.template import Template
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -37,3 +39,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pairs = [Pair("q1", "d2", "linked", "17"), Pair("q1", "d3", "negative"), Pair("q2", "d4", "negative")]
     write_jsonl("pairs.jsonl", pairs)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Template, ...]:
+    """Every template that is shipped, and two of users."""
+    folder = tmp_path_factory.mktemp("templates")
+    users = (from_toml(THINKING, folder), from_toml(RULED, folder))
+    return (*(Template.load(name) for name in SHIPPED), *users)
