@@ -21,10 +21,11 @@ HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "matplotlib", "ji
 # or a whole package, and the longest name that fits decides.
 LAYERS = (
     ("errors", "records", "progress", "label_lines", "generators", "generators.labels"),
-    ("store",),
+    ("store", "generators.explanations"),
     ("template", "datasets", "search"),
     ("checkpoint", "judging", "ranking", "evaluation"),
     ("generators.hf", "generators.endpoint", "generators.chat_wire", "generators.scripted", "generators.overlap"),
+    ("generators.vllm",),
     ("generators.opening",),
     ("rerank",),
     ("mining", "training", "almanac"),
@@ -35,7 +36,7 @@ LAYERS = (
 # Neighbours on one line that may look at each other, because together they are one backend.
 PAIRS = {("generators.endpoint", "generators.chat_wire"), ("generators.overlap", "generators.scripted")}
 # Loading these loads torch. Everything else, the command line above all, must start without it.
-NEEDS_TORCH = ("generators.hf", "training", "demo", "stages.distill")
+NEEDS_TORCH = ("generators.hf", "generators.vllm", "training", "demo", "stages.distill")
 BUT_NOT = {"training", "training.config", "demo", "demo.config"}
 # Functions that have a public name for the sake of tests or neighbours in their file, and are not offered to others.
 NOT_OFFERED = {
@@ -197,6 +198,19 @@ def test_only_generators_hf_and_training_import_torch_and_transformers() -> None
     strangers = {module for module in importing if not is_within(module, "generators.hf")}
     strangers = {module for module in strangers if not is_within(module, "training")}
     assert strangers <= {"generators.opening"}  # asks the hub for a card, inside a function
+
+
+def asked_for(module: str) -> set[str]:
+    """Packages that are imported by their name in a text, as optional ones are."""
+    calls = (node for node in ast.walk(modules()[module]) if isinstance(node, ast.Call))
+    named = (call for call in calls if ast.unparse(call.func) in ("require", "import_module") and call.args)
+    texts = (call.args[0].value for call in named if isinstance(call.args[0], ast.Constant))
+    return {str(text).partition(".")[0] for text in texts}
+
+
+def test_only_the_vllm_backend_imports_vllm() -> None:
+    importing = {module for module in modules() if "vllm" in imports(module) | asked_for(module)}
+    assert importing == {"generators.vllm"}
 
 
 def test_only_the_report_imports_matplotlib() -> None:

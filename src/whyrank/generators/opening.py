@@ -1,4 +1,5 @@
-"""Opening a model by what a person types: a folder, a hub id, `endpoint:URL#MODEL`, `scripted:FILE`, `overlap`.
+"""Opening a model by what a person types: a folder, a hub id, `vllm:MODEL`, `endpoint:URL#MODEL`, `scripted:FILE`,
+`overlap`.
 
 The only place that knows all backends; each is imported when it is asked for.
 """
@@ -105,6 +106,8 @@ def open_model(
         return Scripted.from_file(path, name=name), template or Template.load(DEFAULT_TEMPLATE)
     if kind in ("scripted", "endpoint"):
         raise InputError(f"expected scripted:FILE or endpoint:URL#MODEL, found {str(spec)!r}")
+    if kind == "vllm":
+        return _open_vllm(rest, template, mode, options)
     if str(spec) == "overlap":
         from whyrank.generators.overlap import Overlap
 
@@ -133,6 +136,31 @@ def _open_hf(
     # Judgments are found again by the model's name: it has to change when the weights do.
     generator = replace(generator, name=f"{generator.name}@{weights_digest(generator.model)}")
     card = _find_card(model, is_template_given=template is not None)
+    if card is None:
+        return generator, template or Template.load(DEFAULT_TEMPLATE)
+    card.check(mode=mode, template=template, label_tokens=generator.tokens.label_tokens(card.template))
+    return generator, template or card.template
+
+
+def _open_vllm(model: str, template: Template | None, mode: Mode, options: ModelOptions) -> tuple[Generator, Template]:
+    if not model:
+        raise InputError("expected vllm:MODEL with a folder or hub id, found 'vllm:'")
+    if options.device not in ("auto", "cuda"):
+        raise InputError(f"vLLM runs on the device that it was built for; leave --device {options.device} out")
+    for module in ("torch", "transformers"):
+        require(module, "vllm")
+    from transformers.utils.hub import cached_file
+
+    from whyrank.generators.vllm import VllmGenerator, safetensors_digest
+
+    if _is_path(model) and not Path(model).expanduser().is_dir():
+        raise InputError(f"expected a folder with a checkpoint at {model}, found nothing")
+    place = str(Path(model).expanduser()) if _is_path(model) else model
+    generator = VllmGenerator.load(place, dtype=options.dtype)
+    settings = cached_file(place, "config.json", local_files_only=True)  # vLLM has fetched what is not a folder
+    digest = safetensors_digest(Path(str(settings)).parent)
+    generator = replace(generator, name=f"vllm:{model.rstrip('/')}@{digest}")
+    card = _find_card(place, is_template_given=template is not None)
     if card is None:
         return generator, template or Template.load(DEFAULT_TEMPLATE)
     card.check(mode=mode, template=template, label_tokens=generator.tokens.label_tokens(card.template))
