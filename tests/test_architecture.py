@@ -42,7 +42,6 @@ BUT_NOT = {"training", "training.config", "demo", "demo.config"}
 NOT_OFFERED = {
     "cli.options": {"attribute_docs"},
     "datasets.formats": {"no_repeated_keys"},
-    "generators.hf.decode": {"Batch"},
     "generators.overlap": {"content_words"},
     "ranking": {"impute"},
     "rerank": {"read_document"},

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -17,8 +16,9 @@ from transformers import PreTrainedModel
 
 from whyrank.errors import GenerationError, TemplateMismatch
 from whyrank.generators import Completion, Request
+from whyrank.generators.hf.attention import packed_attention
 from whyrank.generators.hf.chat import ChatTokens
-from whyrank.generators.hf.decode import Row, decode_batch
+from whyrank.generators.hf.engine import Answer, Engine
 from whyrank.generators.hf.load import (
     Device,
     Dtype,
@@ -29,8 +29,6 @@ from whyrank.generators.hf.load import (
 )
 
 __all__ = ["HfGenerator"]
-
-BATCHES_READ_AHEAD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +65,8 @@ class HfGenerator:
         """
         place = resolve_device(device)
         loaded = load_model(model, place, resolve_dtype(dtype, place))
+        with packed_attention(loaded):
+            pass  # refused here, not at the first request
         return cls(name or str(model), loaded, ChatTokens(load_tokenizer(model)), batch_size)
 
     @property
@@ -84,47 +84,27 @@ class HfGenerator:
         return self.tokens.eos_ids | frozenset(i for i in more if isinstance(i, int))
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
-        """Yield each completion as soon as its batch allows; reads ahead by a few batches to sort by length."""
-        numbered = enumerate(requests)
-        while window := list(islice(numbered, self.batch_size * BATCHES_READ_AHEAD)):
-            rows: list[Row] = []
-            for index, request in window:
-                prepared = self._prepare(index, request)
-                if isinstance(prepared, Row):
-                    rows.append(prepared)
-                else:
-                    yield index, Completion.failed(prepared)
-            rows.sort(key=lambda row: (row.request.is_direct, len(row.prompt)))
-            for batch in _batches(rows, self.batch_size):
-                yield from self._decode(batch)
+        """Yield each completion as soon as it is ready; reads a bounded number of requests ahead."""
+        engine = Engine(self.model, self.tokens, self.eos_ids, self.batch_size)
+        try:
+            yield from engine.run(self._prepare(index, request) for index, request in enumerate(requests))
+        except torch.OutOfMemoryError as cause:
+            raise GenerationError(
+                f"out of memory with {self.batch_size} answers at once; choose a smaller --batch-size"
+            ) from cause
 
-    def _prepare(self, index: int, request: Request) -> Row | GenerationError:
+    def _prepare(self, index: int, request: Request) -> Answer | tuple[int, Completion]:
         try:
             endings = self.tokens.endings(request)
         except TemplateMismatch as cause:
             raise TemplateMismatch(f"{self.name}: {cause}") from cause
-        prompt = self.tokens.prompt_ids(request)
+        prompt, num_shared = self.tokens.prompt_parts(request)
         room = len(endings.prompt) + max(len(label) for label in endings.labels)
         num_needed = len(prompt) + room + (0 if request.is_direct else request.sampling.max_tokens)
         if self.max_tokens is not None and num_needed > self.max_tokens:
-            return GenerationError(
+            problem = GenerationError(
                 f"the request needs {num_needed} tokens ({len(prompt)} prompt, {request.sampling.max_tokens} "
                 f"explanation, {room} label), {self.name} holds {self.max_tokens}; lower max_document_tokens"
             )
-        return Row(index, request, prompt, endings)
-
-    def _decode(self, batch: list[Row]) -> Iterator[tuple[int, Completion]]:
-        try:
-            yield from decode_batch(self.model, self.tokens, batch, self.eos_ids)
-        except torch.OutOfMemoryError as cause:
-            raise GenerationError(
-                f"out of memory with {len(batch)} pairs at once; choose a smaller --batch-size than {self.batch_size}"
-            ) from cause
-
-
-def _batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
-    """Neighbours of one kind (direct or explaining), at most `size` at once."""
-    for is_direct in (False, True):
-        kind = [row for row in rows if row.request.is_direct == is_direct]
-        for start in range(0, len(kind), size):
-            yield kind[start : start + size]
+            return index, Completion.failed(problem)
+        return Answer(index, request, prompt, num_shared, endings)

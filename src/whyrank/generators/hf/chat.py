@@ -91,15 +91,23 @@ class ChatTokens:
 
     def prompt_ids(self, request: Request) -> list[int]:
         """The request's chat as token ids, up to and including the beginning of the answer."""
+        return self.prompt_parts(request)[0]
+
+    def prompt_parts(self, request: Request) -> tuple[list[int], int]:
+        """The same, and how many of the tokens come before the first piece of the document: all documents of a query
+        have these in common."""
         in_turns = [segment for segment in request.segments if segment.role != "assistant"]
         begun = [segment for segment in request.segments if segment.role == "assistant"]
         pieces = self._layout(tuple(segment.role for segment in in_turns), tuple(sorted(request.chat_options.items())))
         ids: list[int] = []
+        num_shared: int | None = None
         for piece in pieces:
+            if isinstance(piece, int) and in_turns[piece].kind == "document" and num_shared is None:
+                num_shared = len(ids)
             ids += self._encode_segment(in_turns[piece]) if isinstance(piece, int) else self.encode_structure(piece)
         for segment in begun:
             ids += self._encode_segment(segment)
-        return ids
+        return ids, min(num_shared or 0, len(ids) - 1)
 
     def _render_layout(
         self, roles: tuple[Role, ...], options: tuple[tuple[str, bool | str], ...]

@@ -1,0 +1,311 @@
+"""Attention over packed sequences that share what they have in common.
+
+One forward pass holds the new tokens of many sequences side by side in a single row, without padding. Keys and values
+of each sequence lie in a chain of stores: what it shares with others (instruction and query, or a whole prompt), then
+its own. `attend` is registered with transformers under `IMPLEMENTATION`, so that the architectures stay upstream: they
+compute queries, keys and values, and hand them over with the `Packing` that their caller gave to `model(...)`.
+
+Sequences that write one token each are attended to together: their own keys in one batched product, and every shared
+store once for all the sequences that it belongs to. The parts are put together by their log-sum-exp (Milakov &
+Gimelshein 2018, arXiv 1805.02867), which is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from whyrank.errors import UnsupportedModel
+
+__all__ = ["IMPLEMENTATION", "Packing", "Pool", "Span", "Store", "attend", "packed_attention"]
+
+IMPLEMENTATION = "whyrank"
+
+
+@dataclass(slots=True)
+class Store:
+    """Keys and values of consecutive tokens: per layer two tensors `(key/value heads, capacity, head size)`, of which
+    the first `length` tokens are filled, or will be by the pass that is being packed."""
+
+    capacity: int
+    length: int = 0
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def write(self, layer: int, at: int, keys: Tensor, values: Tensor) -> None:
+        """Put tokens, `(heads, tokens, head size)`, at a place; memory is taken by the first write to a layer."""
+        if layer not in self.layers:
+            shape = (keys.shape[0], self.capacity)
+            self.layers[layer] = (keys.new_zeros((*shape, keys.shape[2])), values.new_zeros((*shape, values.shape[2])))
+        own_keys, own_values = self.layers[layer]
+        own_keys[:, at : at + keys.shape[1]] = keys
+        own_values[:, at : at + keys.shape[1]] = values
+
+
+@dataclass(slots=True)
+class Pool:
+    """Stores of one capacity in common tensors `(slots, heads, capacity, head size)` per layer, so that sequences
+    that write one token each can be attended to at once. Sequences in use lie in the first slots."""
+
+    num_slots: int
+    capacity: int
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    stores: list[Store] = field(default_factory=list)
+
+    def take(self) -> Store:
+        """The next free slot, as an empty store."""
+        self.stores.append(Store(self.capacity))
+        return self.stores[-1]
+
+    def give_back(self, store: Store) -> None:
+        """Free a slot; the last sequence moves into it."""
+        slot, last = self.slot_of(store), self.stores.pop()
+        if last is store:
+            return
+        for layer, (keys, values) in self.layers.items():
+            keys[slot, :, : last.length] = keys[len(self.stores), :, : last.length]
+            values[slot, :, : last.length] = values[len(self.stores), :, : last.length]
+            last.layers[layer] = (keys[slot], values[slot])
+        self.stores[slot] = last
+
+    def slot_of(self, store: Store) -> int:
+        """Where the store lies."""
+        return next(slot for slot, found in enumerate(self.stores) if found is store)
+
+    def prepare(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Take memory for a layer before its first write, and show every store its part of it."""
+        if layer not in self.layers:
+            shape = (self.num_slots, keys.shape[0], self.capacity)
+            self.layers[layer] = (keys.new_zeros((*shape, keys.shape[2])), values.new_zeros((*shape, values.shape[2])))
+        all_keys, all_values = self.layers[layer]
+        for slot, store in enumerate(self.stores):
+            if layer not in store.layers:
+                store.layers[layer] = (all_keys[slot], all_values[slot])
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of a packed row that belong to one sequence: `num_tokens` from `start` on in the row go to
+    `store`, from `at` on; they see what stands before them there, and all of `context`."""
+
+    start: int
+    num_tokens: int
+    store: Store
+    at: int
+    context: tuple[Store, ...]
+
+    @property
+    def end(self) -> int:
+        """Behind the last of them in the store."""
+        return self.at + self.num_tokens
+
+    @property
+    def position(self) -> int:
+        """Where the first of them stands in its sequence, from 0."""
+        return sum(store.length for store in self.context) + self.at
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """What the tokens of one packed forward pass are.
+
+    `single` are spans of one token whose stores lie in the pool; they come first in the row. Among `several`, one may
+    fill the store that is the context of another.
+    """
+
+    pool: Pool
+    single: Sequence[Span]
+    several: Sequence[Span]
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **unused: object,
+) -> tuple[Tensor, None]:
+    """Attention in the form of transformers' `AttentionInterface`.
+
+    Args:
+        module: the attention layer; its `layer_idx` says which.
+        query: `(1, heads, tokens, head size)`, rotated; `key` and `value` likewise with key/value heads.
+        key: see `query`.
+        value: see `query`.
+        attention_mask: none is made for this implementation.
+        packing: what the tokens are.
+        scaling: factor of the scores.
+        dropout: none at inference.
+        sliding_window: how many tokens a token sees, itself included; all if `None`.
+        softcap: scores are squeezed into (-softcap, softcap) by tanh (Gemma 2).
+        s_aux: one more score per head that takes weight and gives no value (attention sinks).
+        unused: what other implementations want to know.
+
+    Returns:
+        `(1, tokens, heads, head size)`, and no weights.
+    """
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    queries, keys, values = query[0], key[0], value[0]
+    packing.pool.prepare(layer, keys, values)
+    for span in (*packing.single, *packing.several):
+        place = slice(span.start, span.start + span.num_tokens)
+        span.store.write(layer, span.at, keys[:, place], values[:, place])
+    rule = _Rule(scaling, sliding_window, softcap, s_aux)
+    out = queries.new_empty((queries.shape[1], queries.shape[0], values.shape[2]))
+    if packing.single:
+        out[: len(packing.single)] = _attend_single(queries, packing, layer, rule)
+    for span in packing.several:
+        place = slice(span.start, span.start + span.num_tokens)
+        out[place] = _attend_several(queries[:, place], span, layer, rule).transpose(0, 1)
+    return out[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+@contextmanager
+def packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model's layers call `attend` inside the block; outside it, the model is what it was.
+
+    Raises:
+        UnsupportedModel: its architecture computes attention in a way of its own.
+    """
+    usual = model.config._attn_implementation
+    model.set_attn_implementation(IMPLEMENTATION)
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise UnsupportedModel(
+            f"{model.config.model_type} computes attention in a way of its own, which whyrank's engine cannot replace"
+        )
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual or "eager")
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How scores become weights in one layer."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's own fused attention follows it."""
+        return self.softcap is None and self.sinks is None
+
+    def part(self, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output `(…, queries, size)` and log-sum-exp `(…, queries)` of attention to some of the keys; `seen` is
+        true where a key is visible, and broadcasts to `(…, queries, keys)`."""
+        scores = (queries @ keys.transpose(-1, -2)).float() * self.scaling
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if seen is not None:
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+        total = scores.logsumexp(dim=-1)
+        return (scores - total[..., None]).exp().to(values.dtype) @ values, total
+
+    def with_sinks(self, out: Tensor, total: Tensor, heads_at: int) -> Tensor:
+        """Take from every head the weight that its sink attracts; `heads_at` is the dimension of the heads."""
+        if self.sinks is None:
+            return out
+        shape = [1] * total.dim()
+        shape[heads_at] = -1
+        return out * torch.sigmoid(total - self.sinks.float().view(shape))[..., None].to(out.dtype)
+
+
+def _attend_several(queries: Tensor, span: Span, layer: int, rule: _Rule) -> Tensor:
+    """`(heads, tokens, size)` for the consecutive tokens of one sequence."""
+    parts = [tuple(tensor[:, : store.length] for tensor in store.layers[layer]) for store in span.context]
+    parts.append(tuple(tensor[:, : span.end] for tensor in span.store.layers[layer]))
+    keys, values = (
+        torch.cat([part[which] for part in parts], dim=1) if len(parts) > 1 else parts[0][which] for which in (0, 1)
+    )
+    num_keys = keys.shape[1]
+    places = torch.arange(num_keys, device=keys.device)
+    own = places[num_keys - span.num_tokens :, None]
+    seen = places <= own
+    if rule.window is not None:
+        seen &= places > own - rule.window
+    num_groups = queries.shape[0] // keys.shape[0]
+    if rule.is_plain:
+        is_whole = num_keys == span.num_tokens and (rule.window is None or num_keys <= rule.window)
+        return scaled_dot_product_attention(
+            queries[None],
+            keys[None],
+            values[None],
+            attn_mask=None if is_whole else seen,
+            is_causal=is_whole,
+            scale=rule.scaling,
+            enable_gqa=num_groups > 1,
+        )[0]
+    out, total = rule.part(
+        queries, keys.repeat_interleave(num_groups, dim=0), values.repeat_interleave(num_groups, dim=0), seen
+    )
+    return rule.with_sinks(out, total, heads_at=0)
+
+
+def _attend_single(queries: Tensor, packing: Packing, layer: int, rule: _Rule) -> Tensor:
+    """`(sequences, heads, size)` for sequences with one new token each."""
+    keys, values = packing.pool.layers[layer]
+    spans, device = packing.single, keys.device
+    slots = torch.tensor([packing.pool.slot_of(span.store) for span in spans], device=device)
+    lengths = torch.tensor([span.end for span in spans], device=device)
+    positions = torch.tensor([span.position for span in spans], device=device)
+    num_rows, num_keys, num_kv_heads = int(slots.max()) + 1, int(lengths.max()), keys.shape[1]
+    asked = queries[:, : len(spans)].transpose(0, 1).unflatten(1, (num_kv_heads, -1))  # (sequences, kv, groups, size)
+    in_slots = asked.new_zeros((num_rows, *asked.shape[1:]))
+    in_slots[slots] = asked
+    ends = torch.ones(num_rows, dtype=torch.long, device=device)
+    ends[slots] = lengths
+    places = torch.arange(num_keys, device=device)
+    seen = places < ends[:, None]
+    if rule.window is not None:
+        seen &= places >= ends[:, None] - rule.window
+    out, total = rule.part(
+        in_slots, keys[:num_rows, :, :num_keys], values[:num_rows, :, :num_keys], seen[:, None, None, :]
+    )
+    out, total = out[slots], total[slots]
+    for store, members, offset in _shared(spans):
+        rows = torch.tensor(members, device=device)
+        shared_keys, shared_values = (tensor[:, : store.length] for tensor in store.layers[layer])
+        visible = None
+        if rule.window is not None:
+            places = offset + torch.arange(store.length, device=device)
+            visible = (places > positions[rows, None] - rule.window).repeat_interleave(asked.shape[2], dim=0)
+        # All sequences that share the store, as one matrix of queries per head.
+        matrix = asked[rows].transpose(0, 1).flatten(1, 2)
+        more, more_total = rule.part(matrix, shared_keys, shared_values, visible)
+        more = more.unflatten(1, (len(members), -1)).transpose(0, 1)
+        more_total = more_total.unflatten(1, (len(members), -1)).transpose(0, 1)
+        both = torch.logaddexp(total[rows], more_total)
+        weight, more_weight = ((part - both).exp()[..., None] for part in (total[rows], more_total))
+        out[rows] = (out[rows] * weight + more * more_weight).to(out.dtype)
+        total[rows] = both
+    return rule.with_sinks(out.flatten(1, 2), total.flatten(1, 2), heads_at=1)
+
+
+def _shared(spans: Sequence[Span]) -> list[tuple[Store, list[int], int]]:
+    """Every store that is context, the numbers of the spans that see it, and the position of its first token."""
+    found: dict[int, tuple[Store, list[int], int]] = {}
+    for number, span in enumerate(spans):
+        offset = 0
+        for store in span.context:
+            found.setdefault(id(store), (store, [], offset))[1].append(number)
+            offset += store.length
+    return list(found.values())

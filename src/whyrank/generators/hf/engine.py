@@ -1,0 +1,312 @@
+"""Continuous batching for reranking: many short answers about documents that share a query.
+
+Every pass of the model takes whatever tokens are pending, packed side by side without padding: one for each answer that
+is being written, a few for each that has come to its label, all of the prompt for each that has just been let in. An
+answer that is done leaves at once, and the next takes its place. Instruction and query are read once for all documents
+of a query, and a whole prompt once for all samples of a pair (`attention.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from whyrank.generators import Completion, FinishReason, Request
+from whyrank.generators.explanations import Explanation, reason_to_stop, settle_explanation
+from whyrank.generators.hf.attention import Packing, Pool, Span, Store, packed_attention
+from whyrank.generators.hf.chat import ChatTokens, Endings
+from whyrank.generators.hf.labels import label_log_probs, prefixes_to_visit
+
+__all__ = ["Answer", "Engine"]
+
+BATCHES_READ_AHEAD = 8
+MAX_PASS_TOKENS = 2048  # of prompts in one pass, so that activations stay small
+CAPACITY_STEP = 64  # pools are made a little larger than needed, so that a slightly longer document fits, too
+Tokens = tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Answer:
+    """One request on its way. The first `num_shared` tokens of `prompt` come before the document.
+
+    `written` is what the model wrote without the end of text, `logprobs` the natural-log probability of each; the
+    keys and values of prompt and answer lie in `context` and then in `store`. `after` collects, for every node of the
+    label trie, the log-probability of each token that may follow it.
+    """
+
+    index: int
+    request: Request
+    prompt: list[int]
+    num_shared: int
+    endings: Endings
+    written: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    num_written: int = 0
+    finish: FinishReason | None = None
+    explanation: Explanation = field(default_factory=lambda: Explanation(0))
+    after: dict[Tokens, dict[int, float]] = field(default_factory=dict)
+    context: tuple[Store, ...] = ()
+    store: Store = field(default_factory=lambda: Store(0))
+    num_prompt_stored: int = 0
+    random: torch.Generator | None = None
+
+    @property
+    def num_needed(self) -> int:
+        """Most tokens that its own store will hold."""
+        longest = 0 if self.request.is_direct else self.request.sampling.max_tokens
+        return len(self.prompt) - self.num_shared + longest + len(self.endings.prompt) + 1
+
+    @property
+    def visits(self) -> list[Tokens]:
+        """Paths through the label trie that have not been read yet; known once the trie's root has been."""
+        return [path for path in prefixes_to_visit(self.endings.labels) if path not in self.after]
+
+    def completion(self, tokens: ChatTokens) -> Completion:
+        """What comes back, once every node of the label trie has been read."""
+        kept = (*self.written[: self.explanation.num_kept], *self.explanation.tail)
+        return Completion(
+            text=tokens.decode(kept),
+            finish_reason=self.finish or "stop",
+            label_probs=tuple(math.exp(p) for p in label_log_probs(self.endings.labels, self.after)),
+            token_ids=kept,
+            logprobs=None if self.explanation.tail else tuple(self.logprobs[: self.explanation.num_kept]),
+            num_prompt_tokens=len(self.prompt),
+            num_completion_tokens=self.num_written,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Tokens for the next pass: they go to the end of `store`, behind `context`; logits are wanted after the last
+    `num_logits` of them. `path` is the way through the label trie, if they are that."""
+
+    tokens: Sequence[int]
+    store: Store
+    context: tuple[Store, ...]
+    num_logits: int
+    answer: Answer | None = None
+    path: Tokens | None = None
+
+
+class Engine:
+    """Runs answers through a model whose attention is `attention.attend`.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokens: its tokenizer.
+        eos_ids: tokens that end an answer.
+        num_slots: how many answers are written at once.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: ChatTokens, eos_ids: frozenset[int], num_slots: int) -> None:
+        self._model = model
+        self._tokens = tokens
+        self._eos_ids = eos_ids
+        self._num_slots = num_slots
+        self._pool = Pool(num_slots, 0)
+        self._shared: dict[Tokens, Store] = {}  # by all tokens up to and including theirs
+        self._num_users: Counter[Tokens] = Counter()
+        self._pending: dict[int, list[int]] = {}  # by index of the answer
+
+    @torch.inference_mode()
+    def run(self, answers: Iterable[Answer | tuple[int, Completion]]) -> Iterator[tuple[int, Completion]]:
+        """Yield `(index, completion)` of every answer as soon as it is ready; what comes complete is passed on.
+
+        Reads at most `BATCHES_READ_AHEAD` times `num_slots` answers ahead.
+        """
+        source = iter(answers)
+        waiting: list[Answer] = []
+        active: list[Answer] = []
+        while True:
+            yield from self._read_ahead(source, waiting)
+            fills = self._admit(waiting, active)
+            if not active:
+                return
+            self._pass([*fills, *(task for answer in active for task in self._tasks(answer))])
+            for answer in [found for found in active if () in found.after and not found.visits]:
+                active.remove(answer)
+                self._leave(answer)
+                yield answer.index, answer.completion(self._tokens)
+
+    # ---- coming and going ------------------------------------------------------------------------------------
+
+    def _read_ahead(
+        self, source: Iterator[Answer | tuple[int, Completion]], waiting: list[Answer]
+    ) -> Iterator[tuple[int, Completion]]:
+        """Fill the waiting room when it is half empty. Answers that share most stand together, longest first: those
+        after it then fit where it was."""
+        most = self._num_slots * BATCHES_READ_AHEAD
+        if len(waiting) > most // 2:
+            return
+        for item in islice(source, most - len(waiting)):
+            if isinstance(item, Answer):
+                waiting.append(item)
+                self._num_users.update(_prefixes(item))
+            else:
+                yield item
+        arrival: dict[Tokens, int] = {}
+        for answer in waiting:
+            arrival.setdefault(_prefixes(answer)[0], answer.index)
+        waiting.sort(key=lambda answer: (arrival[_prefixes(answer)[0]], -answer.num_needed, tuple(answer.prompt)))
+
+    def _admit(self, waiting: list[Answer], active: list[Answer]) -> list[Task]:
+        """Let in as many as there are slots for and a pass has room for; returns what fills new shared stores."""
+        fills: list[Task] = []
+        room = MAX_PASS_TOKENS
+        while waiting and len(active) < self._num_slots and room > 0:
+            answer = waiting[0]
+            if answer.num_needed > self._pool.capacity:
+                if active:
+                    break  # a larger pool can only be made when this one is empty
+                longest = max(found.num_needed for found in waiting)
+                self._pool = Pool(self._num_slots, math.ceil(longest / CAPACITY_STEP) * CAPACITY_STEP)
+            active.append(waiting.pop(0))
+            before = len(fills)
+            fills += self._enter(answer)
+            room -= sum(len(task.tokens) for task in fills[before:]) + len(self._pending[answer.index])
+        return fills
+
+    def _enter(self, answer: Answer) -> list[Task]:
+        """Give an answer its stores; returns tasks for those that nobody has filled yet."""
+        fills: list[Task] = []
+        start = 0
+        for prefix in self._worth_sharing(answer):
+            if prefix not in self._shared:
+                self._shared[prefix] = Store(len(prefix) - start)
+                fills.append(Task(prefix[start:], self._shared[prefix], answer.context, num_logits=0))
+            answer.context = (*answer.context, self._shared[prefix])
+            start = len(prefix)
+        answer.store = self._pool.take()
+        own = answer.prompt[start:]
+        answer.num_prompt_stored = len(own)
+        if answer.request.is_direct or answer.request.sampling.max_tokens == 0:
+            answer.finish = "stop" if answer.request.is_direct else "length"
+            own = [*own, *answer.endings.prompt]
+        self._pending[answer.index] = own
+        return fills
+
+    def _worth_sharing(self, answer: Answer) -> list[Tokens]:
+        """What stands before the document, and the rest of the prompt where several samples of the pair are asked."""
+        before_document, whole = _prefixes(answer)
+        shared = [before_document] if before_document else []
+        return [*shared, whole] if self._num_users[whole] > 1 and len(whole) > len(before_document) else shared
+
+    def _leave(self, answer: Answer) -> None:
+        self._pool.give_back(answer.store)
+        del self._pending[answer.index]
+        for prefix in _prefixes(answer):
+            self._num_users[prefix] -= 1
+            if not self._num_users[prefix]:
+                del self._num_users[prefix]
+                self._shared.pop(prefix, None)
+
+    # ---- one pass --------------------------------------------------------------------------------------------
+
+    def _tasks(self, answer: Answer) -> list[Task]:
+        """What an answer wants from the next pass: its pending tokens, or all ways through its label trie at once."""
+        if () not in answer.after:
+            return [Task(self._pending[answer.index], answer.store, answer.context, 1, answer)]
+        context = (*answer.context, answer.store)
+        return [Task(path, Store(len(path)), context, len(path), answer, path) for path in answer.visits]
+
+    def _pass(self, tasks: list[Task]) -> None:
+        """Run the model once over the tokens of all tasks, and hand every answer its logits."""
+        in_pool = {id(store) for store in self._pool.stores}
+        tasks = sorted(tasks, key=lambda task: not (len(task.tokens) == 1 and id(task.store) in in_pool))
+        spans, num_tokens = [], 0
+        for task in tasks:
+            spans.append(Span(num_tokens, len(task.tokens), task.store, task.store.length, task.context))
+            num_tokens += len(task.tokens)
+        for task in tasks:
+            task.store.length += len(task.tokens)
+        num_single = sum(len(task.tokens) == 1 and id(task.store) in in_pool for task in tasks)
+        places = [
+            place
+            for task, span in zip(tasks, spans, strict=True)
+            for place in range(span.start + span.num_tokens - task.num_logits, span.start + span.num_tokens)
+        ]
+        positions = [span.position + offset for span in spans for offset in range(span.num_tokens)]
+        device = self._model.device
+        with packed_attention(self._model):
+            output = self._model(
+                input_ids=torch.tensor([[token for task in tasks for token in task.tokens]], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(places, device=device),
+                packing=Packing(self._pool, spans[:num_single], spans[num_single:]),
+            )
+        logits = cast(Tensor, output.logits)[0].float().split([task.num_logits for task in tasks])
+        for_answers = [
+            (task.answer, task.path, found) for task, found in zip(tasks, logits, strict=True) if task.answer
+        ]
+        writing = [(answer, found[0]) for answer, _, found in for_answers if answer.finish is None]
+        for answer, path, found in for_answers:
+            if answer.finish is not None:
+                self._note(answer, path or (), found)
+        self._choose(writing)
+
+    # ---- writing ---------------------------------------------------------------------------------------------
+
+    def _choose(self, rows: Sequence[tuple[Answer, Tensor]]) -> None:
+        """Append one token to every answer that is being written, and settle those that end with it."""
+        if not rows:
+            return
+        logits = torch.stack([found for _, found in rows])
+        best, total = logits.max(dim=-1), logits.logsumexp(dim=-1)
+        greedy, log_probs = best.indices.tolist(), (best.values - total).tolist()
+        for number, (answer, found) in enumerate(rows):
+            token, log_prob = greedy[number], log_probs[number]
+            if answer.request.sampling.temperature > 0:
+                token, log_prob = _sample(found, answer)
+            answer.num_written += 1
+            if token in self._eos_ids:
+                answer.finish = "stop"
+            else:
+                answer.written.append(token)
+                answer.logprobs.append(log_prob)
+                answer.finish = reason_to_stop(answer.written, self._tokens, answer.request)
+            self._pending[answer.index] = [token] if answer.finish is None else self._to_the_label(answer)
+
+    def _to_the_label(self, answer: Answer) -> list[int]:
+        """Cut the answer's store back to prompt and explanation; what must follow before the label can be read."""
+        answer.explanation = settle_explanation(answer.written, self._tokens, answer.request)
+        num_stored = min(answer.store.length - answer.num_prompt_stored, answer.explanation.num_kept)
+        answer.store.length = answer.num_prompt_stored + num_stored
+        rest = answer.written[num_stored : answer.explanation.num_kept]
+        return [*rest, *answer.explanation.tail, *answer.endings.prompt]
+
+    def _note(self, answer: Answer, path: Tokens, logits: Tensor) -> None:
+        """Keep what may follow each node of a path through the label trie; `logits` belong to these nodes in order."""
+        nodes = [path[:end] for end in range(1, len(path) + 1)] or [()]
+        log_probs = torch.log_softmax(_precise(logits), dim=-1)
+        for depth, node in enumerate(nodes):
+            children = sorted({ids[len(node)] for ids in answer.endings.labels if ids[: len(node)] == node != ids})
+            answer.after[node] = dict(zip(children, log_probs[depth, children].tolist(), strict=True))
+
+
+def _prefixes(answer: Answer) -> tuple[Tokens, Tokens]:
+    """What stands before the document, and all of the prompt but its last token, which has to be asked anew."""
+    prompt = tuple(answer.prompt)
+    return prompt[: answer.num_shared], prompt[:-1]
+
+
+def _sample(logits: Tensor, answer: Answer) -> tuple[int, float]:
+    """Draw with the answer's own random numbers, so that the draw does not depend on its neighbours."""
+    if answer.random is None:
+        answer.random = torch.Generator().manual_seed(answer.request.sampling.seed)
+    log_probs = torch.log_softmax(logits.cpu().double() / answer.request.sampling.temperature, dim=-1)
+    token = int(torch.multinomial(log_probs.exp(), 1, generator=answer.random))
+    return token, float(log_probs[token])
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """In float64, so that label probabilities do not depend on their company; Apple's MPS has float32 only."""
+    return logits if logits.device.type == "mps" else logits.double()

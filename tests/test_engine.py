@@ -1,0 +1,233 @@
+"""The engine: packed passes equal plain ones, what is shared is read once, and nobody waits for a neighbour."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+from tests.checkpoints import save_checkpoint
+from whyrank.generators import Completion, Request, Sampling
+from whyrank.generators.hf import HfGenerator
+from whyrank.generators.hf.attention import Packing, Pool, Span, Store, packed_attention
+from whyrank.template import Template
+
+TEMPLATE = Template.load("almanac")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def small_model(kind: str) -> PreTrainedModel:
+    """Random models whose attention differs: plain, windows everywhere, windows and squeezed scores, sinks."""
+    torch.manual_seed(5)
+    models: dict[str, PreTrainedModel] = {
+        "llama": LlamaForCausalLM(LlamaConfig(**SHAPE)),
+        "mistral": MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)),
+        "gemma2": Gemma2ForCausalLM(Gemma2Config(**SHAPE, sliding_window=5, attn_logit_softcapping=3.0)),
+        "gpt-oss": GptOssForCausalLM(
+            GptOssConfig(**SHAPE, sliding_window=5, num_local_experts=2, num_experts_per_tok=1)
+        ),
+    }
+    model = models[kind].eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt-oss"])
+def test_packed_passes_equal_plain_ones(kind: str) -> None:
+    """Two sequences behind a common prefix and one alone: read together, then two tokens more for each, one by one."""
+    model = small_model(kind)
+    rng = random.Random(0)
+    prefix, *own = ([rng.randrange(3, 97) for _ in range(size)] for size in (7, 4, 9, 6))
+    more = [[rng.randrange(3, 97) for _ in range(2)] for _ in own]
+    pool, shared = Pool(4, 16), Store(7)
+    stores = [pool.take() for _ in own]
+    contexts: list[tuple[Store, ...]] = [(shared,), (shared,), ()]
+    found: list[list[Tensor]] = [[] for _ in own]
+
+    def run(tokens: Sequence[Sequence[int]], stores: Sequence[Store], contexts: Sequence[tuple[Store, ...]]) -> Tensor:
+        spans, num_tokens = [], 0
+        for ids, store, context in zip(tokens, stores, contexts, strict=True):
+            spans.append(Span(num_tokens, len(ids), store, store.length, context))
+            num_tokens += len(ids)
+        for ids, store in zip(tokens, stores, strict=True):
+            store.length += len(ids)
+        is_single = all(len(ids) == 1 for ids in tokens)
+        with torch.inference_mode(), packed_attention(model):
+            logits: Tensor = model(
+                input_ids=torch.tensor([[token for ids in tokens for token in ids]]),
+                position_ids=torch.tensor([[s.position + i for s in spans for i in range(s.num_tokens)]]),
+                use_cache=False,
+                packing=Packing(pool, spans if is_single else [], [] if is_single else spans),
+            ).logits[0]
+        return logits
+
+    first = run([prefix, *own], [shared, *stores], [(), *contexts]).split([len(ids) for ids in (prefix, *own)])
+    for number, logits in enumerate(first[1:]):
+        found[number].append(logits)
+    for step in range(2):
+        for number, logits in enumerate(run([[ids[step]] for ids in more], stores, contexts).split(1)):
+            found[number].append(logits)
+    for number, ids in enumerate(own):
+        whole = [*(prefix if contexts[number] else []), *ids, *more[number]]
+        with torch.inference_mode():
+            plain = model(input_ids=torch.tensor([whole]), use_cache=False).logits[0]
+        torch.testing.assert_close(torch.cat(found[number]), plain[-len(ids) - 2 :], atol=2e-5, rtol=2e-5)
+
+
+def test_the_last_sequence_moves_into_a_slot_that_is_given_back() -> None:
+    pool = Pool(3, 4)
+    stores = [pool.take() for _ in range(3)]
+    pool.prepare(0, torch.zeros(2, 1, 5), torch.zeros(2, 1, 6))
+    for number, store in enumerate(stores):
+        store.write(0, 0, torch.full((2, 2, 5), float(number)), torch.full((2, 2, 6), 10.0 + number))
+        store.length = 2
+    pool.give_back(stores[0])
+    assert [pool.slot_of(store) for store in stores[1:]] == [1, 0]
+    for slot, number in ((0, 2), (1, 1)):
+        keys, values = pool.layers[0]
+        assert (keys[slot, :, :2] == number).all()
+        assert (values[slot, :, :2] == 10 + number).all()
+    stores[2].write(0, 2, torch.full((2, 1, 5), 7.0), torch.full((2, 1, 6), 7.0))
+    assert (pool.layers[0][0][0, :, 2] == 7).all()  # the moved sequence goes on where it lies now
+    pool.give_back(stores[2])
+    assert [pool.slot_of(store) for store in (stores[1],)] == [0]
+
+
+# ---- through the generator -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> HfGenerator:
+    folder = save_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+    return HfGenerator.load(folder, device="cpu", dtype="float32", batch_size=4)
+
+
+def requests_about(
+    generator: HfGenerator, num_documents: int, *, query: str = "why asks the fox", **sampling: Any
+) -> list[Request]:
+    rng = random.Random(query)
+    words = ["quick", "brown", "document", "helps", "because", "10", "true"]
+    drawn = Sampling(**{"max_tokens": 5, **sampling})
+    return [
+        TEMPLATE.render(
+            query, " ".join(rng.choices(words, k=rng.randint(1, 30))), generator.tokens, sampling=drawn
+        ).request
+        for _ in range(num_documents)
+    ]
+
+
+@contextmanager
+def passes_of(generator: HfGenerator) -> Iterator[list[int]]:
+    """The number of tokens in every pass of the model."""
+    sizes: list[int] = []
+
+    def note(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Tensor]) -> None:
+        sizes.append(kwargs["input_ids"].numel())
+
+    handle = generator.model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+def answers(generator: HfGenerator, requests: Sequence[Request]) -> list[Completion]:
+    found = dict(generator.generate(requests))
+    return [found[index] for index in range(len(requests))]
+
+
+def test_instruction_and_query_are_read_once_for_all_documents(generator: HfGenerator) -> None:
+    requests = requests_about(generator, 4)
+    parts = [generator.tokens.prompt_parts(request) for request in requests]
+    num_shared = parts[0][1]
+    assert num_shared > 5
+    assert {tuple(prompt[:num_shared]) for prompt, _ in parts} == {tuple(parts[0][0][:num_shared])}
+    with passes_of(generator) as sizes:
+        answers(generator, requests)
+    assert sizes[0] == num_shared + sum(len(prompt) - num_shared for prompt, _ in parts)
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(generator: HfGenerator) -> None:
+    (request,) = requests_about(generator, 1)
+    samples = [replace(request, sampling=Sampling(temperature=1.0, max_tokens=5, seed=seed)) for seed in range(4)]
+    prompt = generator.tokens.prompt_ids(request)
+    with passes_of(generator) as sizes:
+        together = answers(generator, samples)
+    assert sizes[0] == len(prompt) - 1 + 4  # the last token is asked anew by each
+    alone = [answers(generator, [sample])[0] for sample in samples]
+    assert [found.text for found in together] == [found.text for found in alone]
+    assert len({found.text for found in together}) > 1
+    for one, other in zip(together, alone, strict=True):
+        assert one.label_probs == pytest.approx(other.label_probs, abs=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 32])
+def test_answers_do_not_depend_on_the_number_of_slots(generator: HfGenerator, batch_size: int) -> None:
+    """Two queries, their requests in turn, some direct: as many slots as may be, each answer is the same."""
+    explain = requests_about(generator, 6)
+    other = requests_about(generator, 5, query="or why does the quick fox ask")
+    direct = [replace(request, is_direct=True) for request in requests_about(generator, 3, query="10 or 2")]
+    requests = [item for group in zip(explain, [*other, direct[0]], strict=True) for item in group] + direct[1:]
+    expected = [answers(generator, [request])[0] for request in requests]
+    found = answers(replace(generator, batch_size=batch_size), requests)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    for one, wanted in zip(found, expected, strict=True):
+        assert one.label_probs == pytest.approx(wanted.label_probs, abs=1e-6)
+        assert one.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)
+
+
+def test_a_finished_answer_makes_room_at_once(generator: HfGenerator) -> None:
+    """Three short answers pass through two slots while a long one is written in the other: the passes are as many as
+    the long one needs alone, and short answers come before it."""
+    (long,) = requests_about(generator, 1, query="the long one", max_tokens=12)
+    short = requests_about(generator, 3, query="the short ones", max_tokens=1)
+    with passes_of(generator) as sizes:
+        alone = answers(generator, [long])
+    num_alone = len(sizes)
+    assert len(alone[0].token_ids or ()) == 12
+    with passes_of(generator) as sizes:
+        order = [index for index, _ in replace(generator, batch_size=2).generate([long, *short])]
+    assert sorted(order[:3]) == [1, 2, 3]  # the long one comes last
+    assert len(sizes) == num_alone
+
+
+def test_nothing_is_left_behind(generator: HfGenerator) -> None:
+    """The model is as it was: a plain forward works, and gives what it gave before."""
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        before = generator.model(input_ids=ids).logits
+        answers(generator, requests_about(generator, 2))
+        after = generator.model(input_ids=ids).logits
+    assert torch.equal(before, after)
