@@ -125,24 +125,10 @@ def distill(
     batches = _batches(examples, config, num_done=len(history))
     for number in range(len(history), config.num_steps):
         batch = next(batches)
-        ids, mask, targets = (tensor.to(device) for tensor in collate(batch, _pad_id(tokenizer)))
-        num_last = max(len(example.ids) - example.num_prompt for example in batch) + 1
         torch.manual_seed(config.seed + number)  # dropout is then the same whether or not the run was resumed
         rate = learning_rate_at(number, config)
-        with _autocast(config, device):
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            output = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=num_last
-            )
-        loss = answer_loss(output.logits, targets[:, -num_last:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step = Step(number + 1, loss.item(), rate, int(mask.sum()), time.perf_counter() - clock)
+        loss, num_tokens = _update(model, optimizers, batch, rate, _pad_id(tokenizer), config)
+        step = Step(number + 1, loss, rate, num_tokens, time.perf_counter() - clock)
         if not math.isfinite(step.loss):
             raise InputError(f"the loss is {step.loss} at step {step.step}; lower --learning-rate")
         history.append(step)
@@ -155,6 +141,33 @@ def distill(
     write_jsonl(out / LOG_NAME, history)
     save_checkpoint(out, model, tokenizer, card)
     return Distilled(out, len(examples), num_left_out, num_parameters, tuple(history))
+
+
+def _update(
+    model: PreTrainedModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batch: Sequence[Example],
+    rate: float,
+    pad_id: int,
+    config: DistillConfig,
+) -> tuple[float, int]:
+    """One step of all optimizers; returns the loss in nats per answer token and the number of tokens read."""
+    ids, mask, targets = (tensor.to(model.device) for tensor in collate(batch, pad_id))
+    num_last = max(len(example.ids) - example.num_prompt for example in batch) + 1
+    with _autocast(config, model.device):
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=num_last
+        )
+    loss = answer_loss(output.logits, targets[:, -num_last:])
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item(), int(mask.sum())
 
 
 def _finished_before(out: Path, identity: str) -> tuple[Step, ...] | None:

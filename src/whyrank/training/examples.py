@@ -59,8 +59,9 @@ def examples_of(
         _check(judgment, template, needs_why="explain" in modes or is_label_first)
         for mode in modes:
             rng = Random(f"{seed}/{number}/{mode}")
-            texts = [_with_dropout(text, word_dropout, rng) for text in (query.text, document.full_text)]
-            prompt = tokens.prompt_ids(template.render(*texts, tokens, mode=mode).request)
+            asked = _with_dropout(query.text, word_dropout, rng)
+            read = _with_dropout(document.full_text, word_dropout, rng)
+            prompt = tokens.prompt_ids(template.render(asked, read, tokens, mode=mode).request)
             written = _written(template, judgment.label, judgment.explanation, mode, is_label_first)
             answer = [*_ids(written, tokens), *sorted(tokens.eos_ids)[:1]]
             yield Example((*prompt, *answer), len(prompt))

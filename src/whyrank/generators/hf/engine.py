@@ -84,7 +84,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class _Task:
     """Tokens for the next pass: they go to the end of `store`, behind `context`; logits are wanted after the last
     `num_logits` of them. `path` is the way through the label trie, if they are that."""
 
@@ -157,9 +157,9 @@ class Engine:
             arrival.setdefault(_prefixes(answer)[0], answer.index)
         waiting.sort(key=lambda answer: (arrival[_prefixes(answer)[0]], -answer.num_needed, tuple(answer.prompt)))
 
-    def _admit(self, waiting: list[Answer], active: list[Answer]) -> list[Task]:
+    def _admit(self, waiting: list[Answer], active: list[Answer]) -> list[_Task]:
         """Let in as many as there are slots for and a pass has room for; returns what fills new shared stores."""
-        fills: list[Task] = []
+        fills: list[_Task] = []
         room = MAX_PASS_TOKENS
         while waiting and len(active) < self._num_slots and room > 0:
             answer = waiting[0]
@@ -174,14 +174,14 @@ class Engine:
             room -= sum(len(task.tokens) for task in fills[before:]) + len(self._pending[answer.index])
         return fills
 
-    def _enter(self, answer: Answer) -> list[Task]:
+    def _enter(self, answer: Answer) -> list[_Task]:
         """Give an answer its stores; returns tasks for those that nobody has filled yet."""
-        fills: list[Task] = []
+        fills: list[_Task] = []
         start = 0
         for prefix in self._worth_sharing(answer):
             if prefix not in self._shared:
                 self._shared[prefix] = Store(len(prefix) - start)
-                fills.append(Task(prefix[start:], self._shared[prefix], answer.context, num_logits=0))
+                fills.append(_Task(prefix[start:], self._shared[prefix], answer.context, num_logits=0))
             answer.context = (*answer.context, self._shared[prefix])
             start = len(prefix)
         answer.store = self._pool.take()
@@ -210,14 +210,14 @@ class Engine:
 
     # ---- one pass --------------------------------------------------------------------------------------------
 
-    def _tasks(self, answer: Answer) -> list[Task]:
+    def _tasks(self, answer: Answer) -> list[_Task]:
         """What an answer wants from the next pass: its pending tokens, or all ways through its label trie at once."""
         if () not in answer.after:
-            return [Task(self._pending[answer.index], answer.store, answer.context, 1, answer)]
+            return [_Task(self._pending[answer.index], answer.store, answer.context, 1, answer)]
         context = (*answer.context, answer.store)
-        return [Task(path, Store(len(path)), context, len(path), answer, path) for path in answer.visits]
+        return [_Task(path, Store(len(path)), context, len(path), answer, path) for path in answer.visits]
 
-    def _pass(self, tasks: list[Task]) -> None:
+    def _pass(self, tasks: list[_Task]) -> None:
         """Run the model once over the tokens of all tasks, and hand every answer its logits."""
         in_pool = {id(store) for store in self._pool.stores}
         tasks = sorted(tasks, key=lambda task: not (len(task.tokens) == 1 and id(task.store) in in_pool))
