@@ -1,4 +1,4 @@
-"""The almanac: an embedded, hand-written collection in which ranking needs reasoning.
+"""The almanac: an embedded, hand-written collection in which observations have to be combined.
 
 Queries report two observations in lay words; documents explain mechanisms in textbook words. Each observation fits
 several mechanisms, and only both together decide; the setting must match too. Word overlap says nothing about the

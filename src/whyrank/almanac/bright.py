@@ -31,7 +31,7 @@ configs:
 # The almanac, split {split}
 
 {num_queries} queries and {num_documents} documents of whyrank's almanac, a small hand-written collection in which
-ranking needs reasoning, in the layout of BRIGHT's data set. It is a model organism, never a measure of quality on real
+two observations have to be combined, in the layout of BRIGHT's data set. It is a model organism, never a measure of quality on real
 text.
 
 ```python

@@ -1,4 +1,4 @@
-"""The split `test-handwritten`: texts that people wrote freely, with the almanac's knowledge behind them.
+"""The split `test-handwritten`: texts that were written freely, not drawn, with the almanac's knowledge behind them.
 
 One TOML file per domain. Every document of a domain is a candidate of every query of the domain; labels and gold
 explanations follow from mechanism, setting and observations, as everywhere in the almanac. Nothing is copied from the

@@ -1,7 +1,7 @@
 """Which combination and which text belongs to which split.
 
 Both are functions of the thing itself, so that two splits built apart, with any seed and size, never meet. One split
-is not drawn at all: people wrote it (see `handwritten`).
+is not drawn at all: it was written freely (see `handwritten`).
 """
 
 from __future__ import annotations
