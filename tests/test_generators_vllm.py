@@ -17,12 +17,13 @@ import torch
 from tests import fake_vllm
 from tests.checkpoints import FAMILIES, NOT_SPECIAL_BUT_ADDED, SPECIAL, Family, save_checkpoint
 from tests.test_generators_hf import MAX_NEW_TOKENS, requests_for
-from whyrank.checkpoint import Card, write_card
+from whyrank.almanac.collection import build
+from whyrank.checkpoint import CARD_NAME, Card, read_card, write_card
 from whyrank.errors import GenerationError, InputError, MissingExtra, TemplateMismatch
 from whyrank.generators import Completion, Request, Sampling
 from whyrank.generators.explanations import Explanation, num_until_stop, reason_to_stop, settle_explanation
 from whyrank.generators.hf import HfGenerator
-from whyrank.generators.opening import ModelOptions, open_model
+from whyrank.generators.opening import EMBEDDED_MODEL, ModelOptions, open_model
 from whyrank.generators.vllm import EngineConfig, VllmGenerator, safetensors_digest
 from whyrank.template import Template
 
@@ -35,8 +36,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Path]:
 
 
 @pytest.fixture(autouse=True)
-def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_vllm.install(monkeypatch)
+def vllm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in, for all tests but the slow one."""
+    if request.node.get_closest_marker("slow") is None:
+        fake_vllm.install(monkeypatch)
 
 
 def load(checkpoint: Path, **settings: Any) -> VllmGenerator:
@@ -52,14 +55,14 @@ def engine_of(generator: VllmGenerator) -> fake_vllm.LLMEngine:
     return generator.engine
 
 
-def assert_alike(found: Completion, expected: Completion) -> None:
+def assert_alike(found: Completion, expected: Completion, *, tolerance: float = 1e-6) -> None:
     assert found.error is None
     assert (found.token_ids, found.text, found.finish_reason) == (
         expected.token_ids,
         expected.text,
         expected.finish_reason,
     )
-    assert found.label_probs == pytest.approx(expected.label_probs, abs=1e-6, rel=1e-3)
+    assert found.label_probs == pytest.approx(expected.label_probs, abs=tolerance, rel=1e-3)
     assert (found.logprobs is None) == (expected.logprobs is None)
     assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
     assert found.num_prompt_tokens == expected.num_prompt_tokens
@@ -135,6 +138,36 @@ def test_an_end_token_is_no_part_of_the_explanation(
     found = dict(load(tmp_path).generate([request]))[0]
     assert (found.token_ids, found.finish_reason, found.num_completion_tokens) == (written[:2], "stop", 3)
     assert_alike(found, dict(hf(tmp_path).generate([request]))[0])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # vLLM's own
+def test_equals_the_hf_backend_on_the_real_engine() -> None:
+    """The embedded model, because it explains, stops and answers: where vLLM is installed, on whatever it runs on."""
+    pytest.importorskip("vllm", reason="vLLM is not installed here")
+    base = HfGenerator.load(EMBEDDED_MODEL, device="cpu", dtype="float32")
+    config = EngineConfig(max_num_seqs=8, max_model_len=1024, gpu_memory_utilization=0.3)
+    generator = VllmGenerator.load(EMBEDDED_MODEL, dtype="float32", config=config)
+    collection = build("test", 1)
+    template = read_card(EMBEDDED_MODEL / CARD_NAME).template
+    requests = [
+        template.render(query.text, document.full_text, base.tokens, mode=mode).request
+        for query in collection.queries
+        for document in collection.documents[:8]
+        for mode in ("explain", "direct")
+    ]
+    written = dict(base.generate(requests[:1]))[0].text
+    requests += [replace(request, stops=(written[5:8],)) for request in requests[::4]]  # within a word, for some
+    requests += [replace(request, sampling=Sampling(max_tokens=4)) for request in requests[:2]]
+    expected = dict(base.generate(requests))
+    found = dict(generator.generate(requests))
+    assert sorted(found) == sorted(expected)
+    for index, completion in found.items():
+        assert_alike(completion, expected[index], tolerance=1e-4)
+    drawn = [sampled(request, seed) for request in requests[:6:2] for seed in (-1, 0, 1)]
+    together = dict(generator.generate(drawn))
+    for index, request in enumerate(drawn):
+        assert dict(generator.generate([request]))[0].token_ids == together[index].token_ids
 
 
 # ---- what the engine is asked ----------------------------------------------------------------------------------

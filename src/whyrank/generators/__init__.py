@@ -1,6 +1,6 @@
 """The one thing every model is: continue a chat, then choose among given labels.
 
-`hf`, `endpoint`, `scripted` and `overlap` implement the protocol; teacher, student and server are the same
+`hf`, `vllm`, `endpoint`, `scripted` and `overlap` implement the protocol; teacher, student and server are the same
 type. This module imports no backend, so that the base install needs no torch.
 """
 
