@@ -73,10 +73,14 @@ def _products(rows: int, inputs: int, outputs: int) -> Mapping[str, Callable[[],
         "int8": lambda: torch._int_mm(small, small_weight),
     }
     if torch.backends.mkldnn.is_available():
-        operators = torch.ops.mkldnn
-        packed = operators._reorder_linear_weight(layer.weight.detach().to_mkldnn(), rows)
-        calls["float32 packed"] = lambda: operators._linear_pointwise(values, packed, None, "none", [], "")
+        calls["float32 packed"] = _packed_product(values, layer.weight.detach())
+        calls["bfloat16 packed"] = _packed_product(narrow, narrow_weight.detach())
     return calls
+
+
+def _packed_product(values: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, values.shape[0])
+    return lambda: torch.ops.mkldnn._linear_pointwise(values, packed, None, "none", [], "")
 
 
 def _seconds_if_possible(call: Callable[[], object]) -> float | None:
