@@ -15,13 +15,15 @@ from whyrank.demo.examples import choose_examples
 from whyrank.demo.students import Plan, steps_for_same_compute, train_students
 from whyrank.demo.systems import Row, candidates_of
 from whyrank.errors import InputError
+from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.scripted import Scripted, ScriptedAnswer
-from whyrank.records import Judgment
+from whyrank.records import Judgment, Mode
 from whyrank.rerank import Reranker
 from whyrank.store import write_jsonl
 from whyrank.template import Template
 from whyrank.training.config import DistillConfig, TinyConfig
-from whyrank.training.distill import Distilled
+from whyrank.training.distill import Distilled, student_tokenizer
+from whyrank.training.examples import examples_of
 
 ALMANAC = Template.load("almanac")
 TINY = TinyConfig(vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32)
@@ -57,17 +59,32 @@ def test_shuffled_explanations_keep_pairs_labels_and_sentences(collection: Colle
     assert list(with_shuffled_explanations(judgments, seed=1)) == shuffled
 
 
-def test_equal_compute_is_the_ratio_of_mean_lengths(data: Path) -> None:
-    """An explaining example is the direct one and an explanation, so direct students get more steps, and the more
-    steps there are, the more exactly in the same proportion."""
+def test_equal_compute_reads_as_many_tokens(collection: Collection, data: Path) -> None:
     many = replace(CONFIG, num_steps=1000)
-    judgments = data / "judgments.jsonl"
-    num_steps = steps_for_same_compute(judgments, data, ALMANAC, many)
-    assert 1000 < num_steps < 2000
-    assert steps_for_same_compute(judgments, data, ALMANAC, replace(many, num_steps=2000)) == pytest.approx(
-        2 * num_steps, abs=1
+    num_steps = steps_for_same_compute(data / "judgments.jsonl", data, ALMANAC, many)
+    judgments = gold(collection)
+    queries = {query.query_id: query for query in collection.queries}
+    wanted = {judgment.doc_id for judgment in judgments}
+    documents = {document.doc_id: document for document in collection.documents if document.doc_id in wanted}
+    tokens = ChatTokens(student_tokenizer(judgments, queries, documents, ALMANAC, TINY.vocab_size))
+    modes: tuple[Mode, Mode] = ("explain", "direct")
+    explain, direct = (
+        sum(len(example.ids) for example in examples_of(judgments, queries, documents, ALMANAC, tokens, (mode,)))
+        for mode in modes
     )
-    assert steps_for_same_compute(judgments, data, ALMANAC, many, mode="explain") == 1000
+    assert num_steps == pytest.approx(1000 * explain / direct, abs=0.5)
+    assert num_steps > 1200
+    same = steps_for_same_compute(data / "judgments.jsonl", data, ALMANAC, many, mode="explain")
+    assert same == 1000
+
+
+@pytest.mark.slow
+def test_a_student_is_resumed_in_other_company(data: Path, tmp_path: Path) -> None:
+    """What a plan's checkpoint is identified by does not depend on how many plans there are."""
+    judgments = data / "judgments.jsonl"
+    plans = [Plan("one", judgments, replace(CONFIG, num_steps=1)), Plan("two", judgments, CONFIG)]
+    together = train_students(plans, data, tmp_path, ALMANAC)
+    assert train_students(plans[1:], data, tmp_path, ALMANAC)["two"].history == together["two"].history
 
 
 @pytest.mark.slow

@@ -31,8 +31,8 @@ configs:
 # The almanac, split {split}
 
 {num_queries} queries and {num_documents} documents of whyrank's almanac, a small hand-written collection in which
-two observations have to be combined, in the layout of BRIGHT's data set. It is a model organism, never a measure of quality on real
-text.
+two observations have to be combined, in the layout of BRIGHT's data set. It is a model organism, never a measure of
+quality on real text.
 
 ```python
 from datasets import load_dataset

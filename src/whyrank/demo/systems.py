@@ -159,7 +159,9 @@ def per_query(collection: Collection, ranked: Callable[[Query], Sequence[str]]) 
     return dict(evaluate(collection.qrels, {"run": run}, [MEASURE]).runs[0].per_query[MEASURE])
 
 
-def bootstrap_interval(values: Sequence[float] | NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: Sequence[float] | Sequence[Sequence[float]] | NDArray[np.float64], seed: int = 0
+) -> tuple[float, float]:
     """95 % percentile interval of the mean (Efron & Tibshirani 1993, chapter 13).
 
     Args:

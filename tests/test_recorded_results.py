@@ -1,0 +1,105 @@
+"""The scripts that record and show results: what they sum up, and when they measure again. Expected values by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from whyrank.demo.students import Plan
+from whyrank.demo.systems import bootstrap_interval
+from whyrank.training.config import DistillConfig
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[None]:
+    """Scripts import each other by name, as they do when one of them is run."""
+    pytest.importorskip("sklearn")
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture
+def explaining(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script of the full table, with results in a folder of its own."""
+    module = import_module("explaining_table")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def test_intervals_draw_runs_as_well_as_queries() -> None:
+    """Every query of a run has the same value, so only drawing runs anew can move the mean; with three runs the mean of
+    a resample is the lowest value with probability 1 / 27, more than 2.5 %."""
+    assert bootstrap_interval([[0.2] * 5, [0.5] * 5, [0.8] * 5]) == pytest.approx((0.2, 0.8))
+    assert bootstrap_interval([[0.5] * 5]) == (0.5, 0.5)
+
+
+def test_gains_are_paired_by_query_and_seed(explaining: ModuleType) -> None:
+    found = {
+        "explain": {"test": [{"a": 1.0, "b": 0.5}, {"a": 0.9, "b": 0.6}]},
+        "direct": {"test": [{"b": 0.1, "a": 0.4}, {"b": 0.3, "a": 0.2}]},
+        "bm25": {"test": [{"a": 0.5, "b": 0.5}]},
+    }
+    gains = {gain["over"]: gain for gain in explaining._gains(found, ("test",))}
+    assert list(gains) == ["direct", "bm25"]
+    # (1 - .4 + .5 - .1 + .9 - .2 + .6 - .3) / 4, and (1 + .5 + .9 + .6) / 4 - .5
+    assert gains["direct"]["nDCG@10"] == pytest.approx(0.5)
+    assert gains["bm25"]["nDCG@10"] == pytest.approx(0.25)
+    low, high = gains["bm25"]["interval"]
+    assert low <= 0.25 <= high
+
+
+def test_figures_are_measured_again_when_texts_or_settings_differ(explaining: ModuleType, tmp_path: Path) -> None:
+    config = DistillConfig(num_steps=7, seed=2)
+    plan = Plan("explain-2", tmp_path / "judgments.jsonl", config)
+    assert not explaining._is_measured(plan, "texts")
+    recorded: dict[str, Any] = {"identity": "texts", "config": json.loads(json.dumps(asdict(config)))}
+    path = tmp_path / "explaining" / "explain-2.json"
+    path.parent.mkdir()
+
+    def record(**changes: Any) -> None:
+        path.write_text(json.dumps({**recorded, **changes}))
+
+    record()
+    assert explaining._is_measured(plan, "texts")
+    assert not explaining._is_measured(plan, "other texts")
+    assert not explaining._is_measured(replace(plan, config=replace(config, num_steps=8)), "texts")
+    del recorded["config"]["word_dropout"]  # a setting that did not exist yet then had its default value
+    record()
+    assert explaining._is_measured(plan, "texts")
+    assert not explaining._is_measured(replace(plan, config=replace(config, word_dropout=0.1)), "texts")
+
+
+def test_an_unfinished_table_is_summed_up_from_the_seeds_that_are_there(explaining: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "explaining"
+    folder.mkdir()
+    for seed in (0, 2):
+        (folder / f"direct-{seed}.json").write_text(json.dumps({"seed": seed}))
+    assert [run["seed"] for run in explaining._runs("direct")] == [0, 2]
+
+
+def test_tables_show_what_is_recorded(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = import_module("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    figure = {"nDCG@10": 0.5, "interval": [0.4, 0.6]}
+    made = {"command": "make results", "commit": "0123456789", "date": "2026-01-02"}
+    row = {"system": "direct", "seeds": [0.5, 0.25], "num_tokens": 1_500_000, "last_loss": 0.257}
+    slices = dict.fromkeys(("test", "known_phrasings", "held_out_phrasings", "handwritten"), figure)
+    gains = [{"over": "direct", "test_set": name, **figure} for name in ("test", "handwritten")]
+    recorded = {**made, "rows": [{**row, **slices}], "gains": gains}
+    (tmp_path / "explaining.json").write_text(json.dumps(recorded))
+    shown = tables.explaining("table", "")
+    cells = " | ".join(["0.500 [0.400, 0.600]"] * 4)
+    assert f"| direct | {cells} | 0.500 0.250 | 1.5 M | 0.257 |" in shown
+    assert shown.endswith("\n`make results`, commit 0123456, 2026-01-02.\n")
+    assert "| direct | 0.500 [0.400, 0.600] | 0.500 [0.400, 0.600] |" in tables.explaining("gains", "")
