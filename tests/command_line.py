@@ -80,7 +80,7 @@ def whole(*words: str) -> tuple[int | str | None, str, str]:
 def process(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """The same in a process of its own, which begins without anything imported."""
     command = [sys.executable, "-c", "from whyrank.cli import main; main()", *words]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, check=False)
 
 
 def order(path: str) -> dict[str, list[str]]:

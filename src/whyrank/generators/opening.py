@@ -27,6 +27,7 @@ DEMO_NOTICE = (
     "using the demo model that ships with whyrank: it knows the almanac's few subjects and nothing else. "
     "Choose a real one with --model (or Reranker.load(model)): a folder, a hub id or endpoint:URL#MODEL."
 )
+CONFIG_NAME = "config.json"
 log = logging.getLogger("whyrank")
 
 
@@ -127,6 +128,8 @@ def _open_hf(
 ) -> tuple[Generator, Template]:
     for module in ("torch", "transformers"):
         require(module, "hf")
+    if not Path(model).is_dir():
+        _require_on_hub(str(model))
     from whyrank.generators.hf import HfGenerator
     from whyrank.generators.hf.load import weights_digest
 
@@ -165,6 +168,32 @@ def _open_vllm(model: str, template: Template | None, mode: Mode, options: Model
         return generator, template or Template.load(DEFAULT_TEMPLATE)
     card.check(mode=mode, template=template, label_tokens=generator.tokens.label_tokens(card.template))
     return generator, template or card.template
+
+
+def _require_on_hub(model: str) -> None:
+    """Ask once whether a model is in the local cache or on the hub: loading it asks five times, with longer and longer
+    pauses.
+
+    Raises:
+        InputError: it is not, or the hub cannot be asked.
+    """
+    from transformers.utils import hub
+
+    chatty = logging.getLogger(hub.__name__)
+    was_off, chatty.disabled = chatty.disabled, True  # what it says is in the message below
+    advice = "Give the folder of a checkpoint (out/student) or a hub id (owner/name)"
+    try:
+        is_there = hub.has_file(model, CONFIG_NAME, local_files_only=True) or hub.has_file(model, CONFIG_NAME)
+    except Exception as cause:  # a refusal of the hub, of a proxy, or of the name itself: each has a class of its own
+        reason = " ".join(str(cause).split())
+        raise InputError(f"no folder {model!r} is here, and as a hub id it was refused: {reason} {advice}") from cause
+    finally:
+        chatty.disabled = was_off
+    if not is_there:
+        raise InputError(
+            f"no folder {model!r} is here, and the hub cannot be reached or has no {CONFIG_NAME} of a model with this "
+            f"id. {advice}"
+        )
 
 
 def _find_card(model: str | Path, *, is_template_given: bool) -> Card | None:
