@@ -29,7 +29,7 @@ class Progress:
         self._description = description
         self._total = total
         self._console = Console(stderr=True, markup=False, emoji=False)
-        self._num_done = 0
+        self._num_done = self._num_before = 0
         self._start = self._last_line = time.monotonic()
         self._bar: Bar | None = None
 
@@ -46,9 +46,13 @@ class Progress:
             self._bar.add_task(self._description, total=self._total)
         return self
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more items; `note` is a short remark such as the present loss."""
+    def advance(self, count: int = 1, note: str = "", *, is_from_before: bool = False) -> None:
+        """Count `count` more items; `note` is a short remark such as the present loss.
+
+        Those that an earlier run has done (`is_from_before`) say nothing about the time that is left.
+        """
         self._num_done += count
+        self._num_before += count * is_from_before
         if self._bar is not None:
             description = f"{self._description} {note}".rstrip()
             self._bar.update(self._bar.task_ids[0], advance=count, description=description)
@@ -60,8 +64,9 @@ class Progress:
         elapsed = self._last_line - self._start
         of_total = f"/{self._total}" if self._total is not None else ""
         left = ""
-        if self._total is not None and 0 < self._num_done < self._total:
-            left = f", {elapsed * (self._total - self._num_done) / self._num_done:.0f} s left"
+        num_new = self._num_done - self._num_before
+        if self._total is not None and num_new and self._num_done < self._total:
+            left = f", {elapsed * (self._total - self._num_done) / num_new:.0f} s left"
         text = f"{self._description}: {self._num_done}{of_total} in {elapsed:.0f} s{left}{'  ' + note if note else ''}"
         self._console.print(text, highlight=False, soft_wrap=True)
 

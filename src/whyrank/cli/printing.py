@@ -84,7 +84,7 @@ def print_reranked(done: Reranked) -> None:
         screen.print(f"{done.num_bad_lines} malformed lines were passed over")
     if done.num_without_text:
         screen.print(f"{done.num_without_text} candidates without a text were dropped")
-    tokens = counts.num_completion_tokens / max(1, counts.num_new)
-    speed = counts.num_new / done.seconds if done.seconds else 0.0
-    screen.print(f"{speed:.1f} documents per second, {tokens:.1f} tokens written per document")
+    if counts.num_new and done.seconds:
+        speed, tokens = counts.num_new / done.seconds, counts.num_completion_tokens / counts.num_new
+        screen.print(f"{speed:.1f} documents per second, {tokens:.1f} tokens written per document")
     screen.print(f"{done.run}, {done.out / 'judgments.jsonl'}, {done.out / 'manifest.json'} ({done.seconds:.1f} s)")

@@ -61,6 +61,7 @@ def distill_files(
             nonlocal has_begun
             if not has_begun:  # not earlier: a folder that is refused keeps the manifest of its own checkpoint
                 manifest.write(out)
+                progress.advance(step.step - 1, is_from_before=True)
                 has_begun = True
             progress.advance(note=f"loss {step.loss:.3f}")
 

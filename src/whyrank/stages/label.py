@@ -84,6 +84,7 @@ def label_files(texts: PairTexts, judge: Judge, out: Path, manifest: Manifest) -
     relations = {(pair.query_id, pair.doc_id): pair.relation for pair in texts.pairs}
     labels: dict[str, Counter[str]] = {}
     first_error: str | None = None
+    num_new = 0
     pairs = ((texts.queries[pair.query_id], texts.documents[pair.doc_id]) for pair in texts.pairs)
     with Progress(f"labelling with {judge.generator.name}", len(texts.pairs)) as progress:
         for judgment in judge_into(out / "judgments.jsonl", judge, pairs, counts):
@@ -92,7 +93,8 @@ def label_files(texts: PairTexts, judge: Judge, out: Path, manifest: Manifest) -
             relation = relations[(judgment.query_id, judgment.doc_id)]
             labels.setdefault(relation, Counter())[judgment.label or judgment.status] += 1
             first_error = first_error or judgment.error
-            progress.advance()
+            progress.advance(is_from_before=counts.num_new == num_new)
+            num_new = counts.num_new
     require_answers(counts.statuses["error"], counts.num_judgments, first_error)
     seconds = round(time.perf_counter() - start, 3)
     manifest.finished(start, counts={**counts.to_counts(), "num_bad_lines": texts.num_bad_lines}).write(out)

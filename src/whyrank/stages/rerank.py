@@ -216,6 +216,7 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
     start = time.perf_counter()
     counts = JudgingCounts()
     first_error: str | None = None
+    num_new = 0
     arranging = _Arranging(candidates, reranker)
     with Progress(f"judging with {reranker.judge.generator.name}", candidates.num_pairs) as progress:
         for judgment in judge_into(out / "judgments.jsonl", reranker.judge, candidates.pairs(), counts):
@@ -223,7 +224,8 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
                 manifest.write(out)
             arranging.add(judgment)
             first_error = first_error or judgment.error
-            progress.advance()
+            progress.advance(is_from_before=counts.num_new == num_new)
+            num_new = counts.num_new
     require_answers(counts.statuses["error"], counts.num_judgments, first_error)
     lines = arranging.finish()
     # TREC's columns cannot hold an id with a blank in it; such a run is written as JSON.
