@@ -1,21 +1,26 @@
 """The command line: parse, call one function, print what came out.
 
-Exit codes: 0 all went well, 1 it failed, 2 the command was used wrongly, 7 it finished with gaps.
+Exit codes: 0 all went well, 1 it failed, 2 the command was used wrongly, 7 it finished with gaps, 130 it was
+interrupted.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from typing import Final
 
 import typer
 
 from whyrank.cli import data, models
 from whyrank.cli.almanac import almanac
-from whyrank.cli.options import show_version
+from whyrank.cli.options import Interrupted, show_version
 from whyrank.errors import WhyrankError
 
 __all__ = ["app", "main"]
+
+EXIT_INTERRUPTED: Final = 130  # 128 and the number of the signal, as shells have it
 
 app = typer.Typer(
     name="whyrank",
@@ -40,6 +45,21 @@ def main() -> None:
     logging.basicConfig(format="whyrank: %(message)s", level=logging.WARNING, handlers=[warnings_only])
     try:
         app()
+    except (SystemExit, KeyboardInterrupt) as stop:
+        causes = list(_chain(stop))
+        if not any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            raise
+        is_kept = any(isinstance(cause, Interrupted) for cause in causes)
+        more = "; the same command continues where it stopped" if is_kept else ""
+        sys.stderr.write(f"whyrank: interrupted{more}\n")
+        sys.exit(EXIT_INTERRUPTED)
     except (WhyrankError, OSError) as error:
         sys.stderr.write(f"whyrank: {error}\n")
         sys.exit(1)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it came from: Typer turns an interruption into an exit."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

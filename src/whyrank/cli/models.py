@@ -40,6 +40,7 @@ from whyrank.cli.options import (
     console,
     existing,
     print_json,
+    resumable,
     setting,
 )
 from whyrank.cli.printing import print_ranking, print_reranked
@@ -118,7 +119,8 @@ def label(
     )
     config = _judge_config(reranker, options, limit=limit, skip_bad=skip_bad)
     manifest = replace(manifest, config=config).with_inputs(pairs, queries, corpus)
-    done = label_files(texts, reranker.judge, out, manifest)
+    with resumable(out / "judgments.jsonl"):
+        done = label_files(texts, reranker.judge, out, manifest)
     if json:
         counts = done.counts.to_counts()
         found = {"labels": done.labels, "bad_lines": done.num_bad_lines, "first_error": done.first_error}
@@ -211,7 +213,8 @@ def distill(
         )
         taught = Template.load(template)
     manifest = Manifest("distill", {}, seed=seed).with_inputs(*judgments, *queries, *corpus)
-    done = distill_files(judgments, queries, corpus, taught, out, config, manifest, limit=limit)
+    with resumable(out / "state"):
+        done = distill_files(judgments, queries, corpus, taught, out, config, manifest, limit=limit)
     last = done.history[-1]
     if json:
         print_json({**asdict(done), "checkpoint": str(out), "history": [asdict(step) for step in done.history]})
@@ -322,7 +325,8 @@ def rerank(
     more: dict[str, JsonValue] = {"fuse": fuse, "on_unparsed": on_unparsed, "top_k": top_k, "limit": limit}
     config = _judge_config(reranker, options, **more, field={**names}, skip_bad=skip_bad)
     manifest = replace(manifest, config=config).with_inputs(run, corpus, queries, excluded)
-    done = rerank_files(candidates, reranker, out, manifest)
+    with resumable(out / "judgments.jsonl"):
+        done = rerank_files(candidates, reranker, out, manifest)
     if json:
         print_json(done.to_json())
     else:
@@ -354,7 +358,8 @@ def demo(
     from whyrank.demo.run import run_demo
 
     queries = num_queries if limit is None else min(limit, num_queries)
-    outcome = run_demo(out, replace(DEMO, num_steps=num_steps, num_queries=queries, seed=seed))
+    with resumable(out):
+        outcome = run_demo(out, replace(DEMO, num_steps=num_steps, num_queries=queries, seed=seed))
     if json:
         print_json(outcome.to_json())
     else:

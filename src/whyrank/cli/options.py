@@ -33,6 +33,7 @@ __all__ = [
     "DtypeName",
     "Excluded",
     "Instruction",
+    "Interrupted",
     "Json",
     "Limit",
     "Logprobs",
@@ -47,6 +48,7 @@ __all__ = [
     "console",
     "existing",
     "print_json",
+    "resumable",
     "setting",
     "show_version",
 ]
@@ -112,6 +114,21 @@ def as_usage_error() -> Iterator[None]:
         yield
     except InputError as cause:
         raise typer.BadParameter(str(cause)) from cause
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in the middle of a job that the same command continues."""
+
+
+@contextmanager
+def resumable(kept: Path) -> Iterator[None]:
+    """What an interrupted block has done is not lost once `kept` is there: tell so by `Interrupted`."""
+    try:
+        yield
+    except KeyboardInterrupt as cause:
+        if kept.exists():
+            raise Interrupted from cause
+        raise
 
 
 def console() -> Console:
