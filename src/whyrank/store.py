@@ -83,10 +83,8 @@ def open_binary(path: Path | str) -> Iterator[BinaryIO]:
     if str(path) == "-":
         yield sys.stdin.buffer
         return
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"expected a file at {path}, found {'a directory' if path.is_dir() else 'nothing'}")
-    with path.open("rb") as raw:
+    _require_file(path)
+    with Path(path).open("rb") as raw:
         magic = raw.read(2)
         raw.seek(0)
         if magic == GZIP_MAGIC:
@@ -94,6 +92,15 @@ def open_binary(path: Path | str) -> Iterator[BinaryIO]:
                 yield cast(BinaryIO, unzipped)
         else:
             yield raw
+
+
+def _require_file(path: Path | str) -> None:
+    if not Path(path).is_file():
+        raise InputError(f"expected a file at {path}, found {'a directory' if Path(path).is_dir() else 'nothing'}")
+
+
+def _name_of(path: Path | str) -> str:
+    return "standard input" if str(path) == "-" else str(path)
 
 
 def read_lines(
@@ -114,12 +121,13 @@ def read_lines(
                 try:
                     line = raw.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as cause:
-                    _complain(f"{path}:{number}: expected UTF-8 text, found {cause.reason}", cause, bad, advice)
+                    message = f"{_name_of(path)}:{number}: expected UTF-8 text, found {cause.reason}"
+                    _complain(message, cause, bad, advice)
                     continue
                 if line.strip():
                     yield number, line
     except DAMAGED_GZIP as cause:
-        raise InputError(f"{path}: expected a complete gzip file, found: {cause}") from cause
+        raise InputError(f"{_name_of(path)}: expected a complete gzip file, found: {cause}") from cause
 
 
 def read_json(path: Path | str) -> Any:
@@ -132,7 +140,7 @@ def read_json(path: Path | str) -> Any:
         with open_binary(path) as stream:
             return json.loads(stream.read().removeprefix(UTF8_BOM))
     except (json.JSONDecodeError, UnicodeDecodeError, *DAMAGED_GZIP) as cause:
-        raise InputError(f"{path}: expected one JSON value, found: {cause}") from cause
+        raise InputError(f"{_name_of(path)}: expected one JSON value, found: {cause}") from cause
 
 
 def read_jsonl(
@@ -159,7 +167,7 @@ def read_numbered_jsonl(
                 json.dumps(json.loads(line), allow_nan=False)
         except ValueError as cause:
             message = f"expected a {record.__name__} as JSON, found a line with {_what_is_wrong(cause)}"
-            _complain(f"{path}:{number}: {message}", cause, bad, advice)
+            _complain(f"{_name_of(path)}:{number}: {message}", cause, bad, advice)
         else:
             yield number, found
 
@@ -370,7 +378,12 @@ def content_key(*parts: str) -> str:
 
 
 def sha256_file(path: Path | str) -> str:
-    """SHA-256 of the bytes on disk, as hexadecimal digits."""
+    """SHA-256 of the bytes on disk, as hexadecimal digits.
+
+    Raises:
+        InputError: the file does not exist or is a directory.
+    """
+    _require_file(path)
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

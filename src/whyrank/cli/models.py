@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from itertools import islice
 from pathlib import Path
-from shutil import copyfileobj
-from sys import stdin
-from tempfile import NamedTemporaryFile
 from typing import Annotated, Literal, NoReturn, cast, get_args
 
 import typer
 from pydantic import JsonValue
 
+from whyrank.cli.documents import read_documents
 from whyrank.cli.options import (
     MODEL,
     BatchSize,
@@ -40,11 +36,11 @@ from whyrank.cli.options import (
     console,
     existing,
     print_json,
+    require_files,
     resumable,
     setting,
 )
 from whyrank.cli.printing import print_ranking, print_reranked
-from whyrank.datasets import read_corpus
 from whyrank.demo.config import DemoConfig
 from whyrank.errors import require
 from whyrank.generators import Sampling
@@ -53,11 +49,11 @@ from whyrank.progress import Progress
 from whyrank.ranking import OnUnparsed, parse_fuse
 from whyrank.records import Document, Judgment, Mode
 from whyrank.rerank import Reranker
-from whyrank.stages import EXIT_OK, EXIT_PARTIAL, warn_of_bad_lines
+from whyrank.stages import EXIT_OK, EXIT_PARTIAL
 from whyrank.stages.failures import describe_failures, require_answers
 from whyrank.stages.label import label_files, read_pairs
 from whyrank.stages.rerank import read_candidates, rerank_files
-from whyrank.store import BadLines, Manifest
+from whyrank.store import Manifest
 from whyrank.template import Template
 from whyrank.training.config import DistillConfig, TinyConfig
 
@@ -212,6 +208,9 @@ def distill(
             tiny=TinyConfig(vocab_size, hidden_size, num_layers, num_heads, intermediate_size),
         )
         taught = Template.load(template)
+    require_files("--judgments", judgments, "whyrank label writes a judgments.jsonl into its -o")
+    require_files("--queries", queries, "give those that the judgments were made from")
+    require_files("--corpus", corpus, "give the one that the judgments were made from")
     manifest = Manifest("distill", {}, seed=seed).with_inputs(*judgments, *queries, *corpus)
     with resumable(out / "state"):
         done = distill_files(judgments, queries, corpus, taught, out, config, manifest, limit=limit)
@@ -284,7 +283,7 @@ def rerank(
     is_one = query is not None and documents is not None and run is None and out is None
     is_many = run is not None and out is not None and query is None and documents is None
     if is_one == is_many:
-        raise typer.BadParameter("give either --run and -o, or --query and --documents")
+        raise typer.BadParameter(_explain_choice(has_query=query is not None, has_run=run is not None, out=out))
     if is_one and (corpus, queries, excluded) != (None, None, None):
         raise typer.BadParameter("--corpus, --queries and --excluded go with --run, not with --query")
     names = _parse_fields(field or [])
@@ -318,7 +317,7 @@ def rerank(
         options=options,
     )
     if query is not None and documents is not None:
-        found = _read_documents(documents, names, limit=limit, skip_bad=skip_bad)
+        found = read_documents(documents, names, limit=limit, skip_bad=skip_bad)
         _rank_one(reranker, query, found, top_k=top_k, as_json=json)
     assert candidates is not None
     assert out is not None
@@ -383,6 +382,13 @@ def _rank_one(
     raise typer.Exit(EXIT_PARTIAL if ranking.num_unreadable else EXIT_OK)
 
 
+def _explain_choice(*, has_query: bool, has_run: bool, out: Path | None) -> str:
+    both = "give either --run and -o, or --query and --documents"
+    if has_query and not has_run and out is not None:
+        return f"{both}: one --query is printed and writes nothing, leave -o {out} out (or redirect --json into a file)"
+    return both
+
+
 def _template(name: str | None) -> Template | None:
     with as_usage_error():
         return None if name is None else Template.load(name)
@@ -421,23 +427,3 @@ def _parse_fields(texts: Sequence[str]) -> dict[str, str]:
     if len(fields) < len(texts) or not set(fields) <= {"doc_id", "text", "title"}:
         raise typer.BadParameter(f"--field: expected doc_id=NAME, text=NAME or title=NAME, found {', '.join(texts)}")
     return fields
-
-
-def _read_documents(documents: Path, fields: Mapping[str, str], *, limit: int | None, skip_bad: bool) -> list[Document]:
-    bad = BadLines() if skip_bad else None
-    with _spooled(documents) as path:
-        found = list(islice(read_corpus(path, fields=fields, bad=bad), limit))
-    warn_of_bad_lines(bad)
-    return found
-
-
-@contextmanager
-def _spooled(path: Path) -> Iterator[Path]:
-    """The path itself, or for `-` a temporary file with what standard input held: readers look ahead."""
-    if str(path) != "-":
-        yield path
-        return
-    with NamedTemporaryFile(prefix="whyrank-") as spool:
-        copyfileobj(stdin.buffer, spool)
-        spool.flush()
-        yield Path(spool.name)

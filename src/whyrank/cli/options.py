@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
@@ -48,6 +48,7 @@ __all__ = [
     "console",
     "existing",
     "print_json",
+    "require_files",
     "resumable",
     "setting",
     "show_version",
@@ -79,6 +80,18 @@ def setting(config: type, name: str, *flags: str, minimum: int | None = None) ->
 def existing(*flags: str, help: str) -> Any:
     """An option that names a file; whether it exists is checked by the reader, which also accepts `-`."""
     return typer.Option(*flags, help=help, metavar="FILE")
+
+
+def require_files(option: str, paths: Iterable[Path], advice: str) -> None:
+    """Find out what is missing before anything is read or loaded.
+
+    Raises:
+        InputError: a path is not a file.
+    """
+    for path in paths:
+        if str(path) != "-" and not path.is_file():
+            found = "a directory" if path.is_dir() else "nothing"
+            raise InputError(f"{option}: expected a file at {path}, found {found}; {advice}")
 
 
 Corpus = Annotated[Path, existing("--corpus", help="Documents: JSONL, BEIR, BRIGHT, TREC SGML, Solr JSON or TSV.")]

@@ -21,6 +21,8 @@ from whyrank.training.distill import Distilled, Step, distill
 
 __all__ = ["distill_files"]
 
+MEND = "Remove the line: training on the others does without it"
+
 
 def distill_files(
     judgments: Sequence[Path],
@@ -43,7 +45,8 @@ def distill_files(
     start = time.perf_counter()
     resolved = {**asdict(config), "template": template.version, "limits": asdict(template.limits), "limit": limit}
     manifest = replace(manifest, config={**manifest.config, **json.loads(json.dumps(resolved))})
-    known = list(islice((judgment for path in judgments for judgment in read_jsonl(path, Judgment)), limit))
+    taught = (judgment for path in judgments for judgment in read_jsonl(path, Judgment, advice=MEND))
+    known = list(islice(taught, limit))
     wanted = {judgment.doc_id for judgment in known}
     asked: dict[str, Query] = {}
     for path in queries:
