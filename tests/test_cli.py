@@ -26,6 +26,18 @@ from whyrank.store import write_jsonl
         (["rerank", "--run", "run.trec"], "give either --run and -o"),
         (["rerank", "--query", "q"], "give either --run and -o"),
         ([*RERANK, *ONE[1:]], "give either --run and -o"),
+        ([*ONE, "-o", "out"], "one --query is printed and writes nothing, leave -o out out (or redirect --json"),
+        ([*RERANK, "--dtype", "auto"], "--dtype: without effect on overlap, leave it out"),
+        ([*LABEL, "--batch-size", "16", "--timeout", "3"], "--batch-size, --timeout: without effect on overlap"),
+        (
+            [*ONE, "--model", "endpoint:http://x/v1#m", "--device", "cpu"],
+            "of the kind endpoint takes --concurrency, --tim",
+        ),
+        ([*ONE, "--logprobs"], "--logprobs: without effect on the demo model"),
+        (
+            [*ONE, "--model", "a/folder", "--deadline", "9"],
+            "a model of the kind hf takes --device, --dtype, --batch-size",
+        ),
         ([*ONE, "--corpus", "docs.jsonl"], "go with --run"),
         ([*ONE, "--fuse", "zscore:0.5"], "needs the scores of a --run"),
         ([*RERANK, "--fuse", "zscore"], "--fuse: expected none, rrf, zscore:w or minmax:w"),
@@ -69,6 +81,23 @@ def test_wrong_use_exits_with_2(words: Sequence[str], message: str) -> None:
         (["rerank", "--query", "q", "--documents", "qrels.txt", "--model", "overlap"], "qrels.txt: expected documents"),
         (["evaluate", "--qrels", "qrels.txt", "run.trec", "run.trec"], "expected each run once"),
         (["search", *TEXTS, "-o", "docs.jsonl/bm25.trec"], "docs.jsonl"),
+        (
+            ["mine", "--posts", "none.xml", "--site", "a.example", "-o", "out"],
+            "expected a file at none.xml, found nothing",
+        ),
+        (
+            ["distill", "--judgments", "none.jsonl", *TEXTS, "-o", "out"],
+            "--judgments: expected a file at none.jsonl, found nothing; whyrank label writes a judgments.jsonl",
+        ),
+        (
+            ["distill", "--judgments", "pairs.jsonl", "--queries", ".", *TEXTS[:2], "-o", "out"],
+            "--queries: expected a file at ., found a directory; give those that the judgments were made from",
+        ),
+        (
+            ["distill", "--judgments", "pairs.jsonl", *TEXTS, "-o", "out"],
+            "pairs.jsonl:1: expected a Judgment as JSON, found a line with key: Field required. Remove the line: "
+            "training on the others does without it.",
+        ),
     ],
 )
 def test_wrong_input_exits_with_1_and_says_why(words: Sequence[str], message: str) -> None:

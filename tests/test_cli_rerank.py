@@ -154,7 +154,7 @@ def test_what_top_k_leaves_stays_below_as_it_stood() -> None:
 def test_manifests_tell_everything_that_was_chosen_and_counted() -> None:
     Path("docs.jsonl").write_text("{broken\n" + Path("docs.jsonl").read_text())
     Path("excluded.txt").write_text("q1 d1\n")
-    chosen = ("--skip-bad", "--limit", "1", "--batch-size", "3", "--timeout", "7", "--max-explanation-tokens", "9")
+    chosen = ("--skip-bad", "--limit", "1", "--max-explanation-tokens", "9")
     more = ("--excluded", "excluded.txt", "--top-k", "1", "--field", "text=text", "--fuse", "rrf")
     before = datetime.now(UTC).replace(microsecond=0)
     assert run(*RERANK, *chosen, *more, "--instruction", "Be strict.").exit_code == 0
@@ -168,7 +168,7 @@ def test_manifests_tell_everything_that_was_chosen_and_counted() -> None:
         "template": template.version,
         "limits": asdict(template.limits),
         "sampling": {"temperature": 0.0, "max_tokens": 9, "seed": 0},
-        "options": {**asdict(ModelOptions()), "batch_size": 3, "timeout": 7.0},
+        "options": asdict(ModelOptions()),
         "limit": 1,
         "skip_bad": True,
     }
@@ -243,15 +243,37 @@ def test_one_query_as_json_with_documents_from_standard_input() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"doc_id": "d1", "text": "a plant"}\n{broken\n', "standard input:2: expected "),
+        ("one two three\n", "standard input: expected documents"),
+        ("", "standard input"),
+    ],
+)
+def test_errors_about_standard_input_name_it(text: str, complaint: str) -> None:
+    words = ("rerank", "--query", "plant", "--documents", "-", "--model", "overlap")
+    done = process(*words, stdin=text)
+    assert (done.returncode, done.stderr.startswith(f"whyrank: {complaint}")) == (1, True), done.stderr
+    assert "whyrank-" not in done.stderr
+    if "broken" in text:
+        skipped = process(*words, "--skip-bad", stdin=text)
+        assert (skipped.returncode, "passed over: standard input:2: " in skipped.stderr) == (0, True)
+    labels = process("label", "--pairs", "-", *TEXTS, "--teacher", "overlap", "-o", "out", stdin="{broken\n")
+    assert labels.stderr.startswith("whyrank: standard input:1: expected a Pair as JSON")
+
+
 @pytest.mark.usefixtures("here")
 def test_an_endpoint_is_called_as_it_wants() -> None:
     with FakeEndpoint(lambda document, attempt: Reply(text="Relevance Label: 2 ##")) as server:
         words = ("rerank", "--run", "run.trec", *TEXTS, "--model", f"endpoint:{server.url}#m", "-o", "out")
-        run_json(*words, "--token-limit-field", "max_completion_tokens", "--mode", "direct")
+        run_json(*words, "--token-limit-field", "max_completion_tokens", "--mode", "direct", "--timeout", "7")
     assert len(server.seen) == 5
     for seen in server.seen:
         assert "max_completion_tokens" in seen.payload
         assert not {"max_tokens", "seed"} & set(seen.payload)
+    chosen = json.loads(Path("out/manifest.json").read_text())["config"]["options"]
+    assert chosen == {**asdict(ModelOptions()), "timeout": 7.0, "token_limit_field": "max_completion_tokens"}
 
 
 @pytest.mark.usefixtures("here")

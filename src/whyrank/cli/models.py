@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, cast, get_args
 
@@ -35,6 +35,7 @@ from whyrank.cli.options import (
     as_usage_error,
     console,
     existing,
+    model_options,
     print_json,
     require_files,
     resumable,
@@ -103,7 +104,7 @@ def label(
     """
     manifest = Manifest("label", {})
     asked = _template(template)
-    options = _model_options(context)
+    options = model_options(context, teacher)
     texts = read_pairs(pairs, queries, corpus, limit=limit, skip_bad=skip_bad)
     reranker = Reranker.load(
         teacher,
@@ -293,7 +294,7 @@ def rerank(
         raise typer.BadParameter(f"--fuse {fuse} needs the scores of a --run; with --query choose none or rrf")
     manifest = Manifest("rerank", {})
     asked = _template(template)
-    options = _model_options(context)
+    options = model_options(context, model)
     candidates = None
     if run is not None:  # before the model, which may take minutes to load
         candidates = read_candidates(
@@ -392,11 +393,6 @@ def _explain_choice(*, has_query: bool, has_run: bool, out: Path | None) -> str:
 def _template(name: str | None) -> Template | None:
     with as_usage_error():
         return None if name is None else Template.load(name)
-
-
-def _model_options(context: typer.Context) -> ModelOptions:
-    """What a verb was given for loading its model: the parameters that bear the names of the attributes."""
-    return ModelOptions(**{option.name: context.params[option.name] for option in fields(ModelOptions)})
 
 
 def _judge_config(reranker: Reranker, options: ModelOptions, **more: JsonValue) -> dict[str, JsonValue]:

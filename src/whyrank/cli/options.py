@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 
 from whyrank.errors import InputError
-from whyrank.generators.opening import ModelOptions
+from whyrank.generators.opening import ModelOptions, options_of
 from whyrank.records import Mode
 from whyrank.search import Bm25Config
 
@@ -47,6 +48,7 @@ __all__ = [
     "as_usage_error",
     "console",
     "existing",
+    "model_options",
     "print_json",
     "require_files",
     "resumable",
@@ -142,6 +144,31 @@ def resumable(kept: Path) -> Iterator[None]:
         if kept.exists():
             raise Interrupted from cause
         raise
+
+
+def model_options(context: typer.Context, model: str | None) -> ModelOptions:
+    """What a verb was given for loading its model: the parameters that bear the names of the attributes.
+
+    Raises:
+        typer.BadParameter: an option was given that the model's backend has no use for.
+    """
+    names = [option.name for option in fields(ModelOptions)]
+    backend, useful = options_of(model)
+    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name in names}
+    given = [name for name in names if _is_given(context, name)]
+    idle = [flags[name] for name in given if name not in useful]
+    if idle:
+        rest = ", ".join(flags[name] for name in useful) or "none of these options"
+        raise typer.BadParameter(
+            f"{', '.join(idle)}: without effect on {model or 'the demo model'}, leave it out; a model of the kind "
+            f"{backend} takes {rest}"
+        )
+    return ModelOptions(**{name: context.params[name] for name in names})
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def console() -> Console:

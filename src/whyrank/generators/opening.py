@@ -19,7 +19,7 @@ from whyrank.records import Mode
 from whyrank.store import sha256_file
 from whyrank.template import Template
 
-__all__ = ["DEFAULT_TEMPLATE", "EMBEDDED_MODEL", "ModelOptions", "open_model"]
+__all__ = ["DEFAULT_TEMPLATE", "EMBEDDED_MODEL", "ModelOptions", "open_model", "options_of"]
 
 DEFAULT_TEMPLATE = "explain-0-2"
 EMBEDDED_MODEL = Path(str(files("whyrank") / "almanac" / "model"))
@@ -33,7 +33,7 @@ log = logging.getLogger("whyrank")
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """How a model is loaded; ignored settings are refused where a backend has no use for them."""
+    """How a model is loaded. A backend has a use for some of it (`options_of`); the command line refuses the rest."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where an hf model runs; auto prefers CUDA, then MPS, then the CPU."""
@@ -53,6 +53,25 @@ class ModelOptions:
     """Read the label distribution from an endpoint's log-probabilities, where it offers them."""
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """How an endpoint names the cap of an answer's length; some services refuse max_tokens."""
+
+
+OPTIONS = {
+    "hf": ("device", "dtype", "batch_size"),
+    "vllm": ("dtype",),
+    "endpoint": ("concurrency", "timeout", "deadline", "max_retries", "has_logprobs", "token_limit_field"),
+    "scripted": (),
+    "overlap": (),
+}
+
+
+def options_of(spec: str | Path | None) -> tuple[str, tuple[str, ...]]:
+    """The backend that a model's name asks for, and the attributes of `ModelOptions` that it has a use for."""
+    kind, colon, _ = str(spec).partition(":")
+    if str(spec) == "overlap":
+        backend = "overlap"
+    else:
+        backend = kind if colon and kind in ("vllm", "endpoint", "scripted") else "hf"
+    return backend, OPTIONS[backend]
 
 
 def open_model(
