@@ -1,5 +1,4 @@
-"""Opening a model by what a person types: a folder, a hub id, `vllm:MODEL`, `endpoint:URL#MODEL`, `scripted:FILE`,
-`overlap`.
+"""Opening a model by what a person types: a folder, a hub id, or such as `vllm:MODEL` or `endpoint:URL#MODEL`.
 
 The only place that knows all backends; each is imported when it is asked for.
 """
