@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -16,7 +16,6 @@ from pydantic import JsonValue
 from whyrank.almanac import Collection
 from whyrank.evaluation import evaluate
 from whyrank.generators.hf import HfGenerator
-from whyrank.generators.hf.load import weights_digest
 from whyrank.records import Judgment, Mode, Query, ScoredDocument
 from whyrank.rerank import Reranker
 from whyrank.search import Bm25Index
@@ -121,9 +120,8 @@ def bm25_row(collection: Collection, *, is_reversed: bool = False) -> Row:
 
 
 def loaded(model: Path) -> HfGenerator:
-    """A student, named after its weights: judgments of an earlier one in the same folder are not taken for its own."""
-    generator = HfGenerator.load(model, device="cpu", dtype="float32", batch_size=RANKING_BATCH)
-    return replace(generator, name=f"{model.name}@{weights_digest(generator.model)}")
+    """A student, ready to rank."""
+    return HfGenerator.load(model, device="cpu", dtype="float32", batch_size=RANKING_BATCH, name=model.name)
 
 
 def student_row(collection: Collection, reranker: Reranker, system: str, out: Path) -> Row:

@@ -149,13 +149,10 @@ def _open_hf(
     if not Path(model).is_dir():
         _require_on_hub(str(model))
     from whyrank.generators.hf import HfGenerator
-    from whyrank.generators.hf.load import weights_digest
 
     generator = HfGenerator.load(
         model, device=options.device, dtype=options.dtype, batch_size=options.batch_size, name=name.rstrip("/")
     )
-    # Judgments are found again by the model's name: it has to change when the weights do.
-    generator = replace(generator, name=f"{generator.name}@{weights_digest(generator.model)}")
     card = _find_card(model, is_template_given=template is not None)
     if card is None:
         return generator, template or Template.load(DEFAULT_TEMPLATE)

@@ -1,7 +1,7 @@
 """Hugging Face causal language models on torch: the backend for laptops, small GPUs and training.
 
-Two phases per request, in batches of similar length. Any decoder with a standard key/value cache runs; others
-are refused by name.
+Two phases per request, on an engine for the shape of reranking (`engine.py`). Any decoder with a standard key/value
+cache runs; others are refused by name.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from whyrank.generators import Completion, Request
 from whyrank.generators.hf.attention import packed_attention
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.hf.engine import Answer, Engine
+from whyrank.generators.hf.linears import pack
 from whyrank.generators.hf.load import (
     Device,
     Dtype,
@@ -26,6 +27,7 @@ from whyrank.generators.hf.load import (
     load_tokenizer,
     resolve_device,
     resolve_dtype,
+    weights_digest,
 )
 
 __all__ = ["HfGenerator"]
@@ -33,7 +35,7 @@ __all__ = ["HfGenerator"]
 
 @dataclass(frozen=True, slots=True)
 class HfGenerator:
-    """A loaded model as a `Generator`. `batch_size` is the number of pairs that share a forward pass."""
+    """A loaded model as a `Generator`. `batch_size` is the number of answers that are written at once."""
 
     name: str
     model: PreTrainedModel
@@ -56,8 +58,9 @@ class HfGenerator:
             model: folder or hub id; weights must be safetensors.
             device: `auto` prefers CUDA, then MPS, then the CPU.
             dtype: `auto` is bfloat16 on CUDA and float32 elsewhere.
-            batch_size: pairs per forward pass.
-            name: how judgments call the model; by default what was given as `model`.
+            batch_size: answers that are written at once.
+            name: how judgments call the model; by default what was given as `model`. A digest of the weights is
+                added, so that judgments of another model in the same place are not taken for its own.
 
         Raises:
             InputError: nothing loadable is there, or the device is not.
@@ -67,7 +70,9 @@ class HfGenerator:
         loaded = load_model(model, place, resolve_dtype(dtype, place))
         with packed_attention(loaded):
             pass  # refused here, not at the first request
-        return cls(name or str(model), loaded, ChatTokens(load_tokenizer(model)), batch_size)
+        named = f"{name or model}@{weights_digest(loaded)}"
+        pack(loaded)
+        return cls(named, loaded, ChatTokens(load_tokenizer(model)), batch_size)
 
     @property
     def max_tokens(self) -> int | None:
