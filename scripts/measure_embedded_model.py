@@ -51,7 +51,7 @@ def main(data: Path | None) -> None:
     made = provenance("python scripts/measure_embedded_model.py PATH_TO_DATA")
     write_result(RESULTS / "embedded-model" / "figures.json", {**made, "num_bytes": size, "rows": rows})
     for row in rows:
-        sys.stdout.write(f"{row['test_set']:<24}{row['system']:<10}{row[MEASURE]:.3f}\n")
+        sys.stdout.write(f"{row['test_set']:<32}{row['system']:<10}{row[MEASURE]:.3f}\n")
 
 
 def _slices(name: str, test: Collection, row: Row) -> list[dict[str, Any]]:
