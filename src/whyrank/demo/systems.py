@@ -143,7 +143,8 @@ def student_row(collection: Collection, reranker: Reranker, system: str, out: Pa
     values = per_query(collection, lambda query: [result.id for result in rankings[query.query_id]])
     right = [judgments[pair].label == str(label) for pair, label in collection.labels.items()]
     spent = fmean(judgment.num_completion_tokens for judgment in judgments.values())
-    return Row(system, values, fmean(right), spent, len(judgments) / done.seconds)
+    num_new = done.counts.num_new  # a demo that goes on after a stop has judged some before
+    return Row(system, values, fmean(right), spent, num_new / done.seconds if num_new == len(judgments) else None)
 
 
 def per_query(collection: Collection, ranked: Callable[[Query], Sequence[str]]) -> dict[str, float]:
