@@ -56,7 +56,8 @@ def small_model(kind: str) -> PreTrainedModel:
             GptOssConfig(**SHAPE, sliding_window=5, num_local_experts=2, num_experts_per_tok=1)
         ),
     }
-    model = models[kind].eval()
+    model = models[kind]
+    model.train(False)
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(parameter)
@@ -89,7 +90,7 @@ def test_packed_passes_equal_plain_ones(kind: str) -> None:
                 input_ids=torch.tensor([[token for ids in tokens for token in ids]]),
                 position_ids=torch.tensor([[s.position + i for s in spans for i in range(s.num_tokens)]]),
                 use_cache=False,
-                packing=Packing(pool, spans if is_single else [], [] if is_single else spans),
+                packing=Packing(pool, spans if is_single else [], [] if is_single else spans, torch.device("cpu")),
             ).logits[0]
         return logits
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from whyrank.errors import GenerationError, TemplateMismatch
 from whyrank.generators import Completion, Request
-from whyrank.generators.hf.attention import packed_attention
+from whyrank.generators.hf.attention import check_replaceable
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.hf.engine import Answer, Engine
 from whyrank.generators.hf.linears import pack
@@ -68,8 +68,7 @@ class HfGenerator:
         """
         place = resolve_device(device)
         loaded = load_model(model, place, resolve_dtype(dtype, place))
-        with packed_attention(loaded):
-            pass  # refused here, not at the first request
+        check_replaceable(loaded)
         named = f"{name or model}@{weights_digest(loaded)}"
         pack(loaded)
         return cls(named, loaded, ChatTokens(load_tokenizer(model)), batch_size)

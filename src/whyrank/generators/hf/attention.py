@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from whyrank.errors import UnsupportedModel
 
-__all__ = ["IMPLEMENTATION", "Packing", "Pool", "Span", "Store", "attend", "packed_attention"]
+__all__ = ["IMPLEMENTATION", "Packing", "Pool", "Span", "Store", "attend", "check_replaceable", "packed_attention"]
 
 IMPLEMENTATION = "whyrank"
 
@@ -110,7 +111,7 @@ class Span:
         return sum(store.length for store in self.context) + self.at
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: what every layer asks for is worked out once
 class Packing:
     """What the tokens of one packed forward pass are.
 
@@ -121,6 +122,46 @@ class Packing:
     pool: Pool
     single: Sequence[Span]
     several: Sequence[Span]
+    device: torch.device
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Where in the pool the single spans' stores lie."""
+        return self._numbers([self.pool.slot_of(span.store) for span in self.single])
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """How many tokens the single spans' stores hold, the new one included."""
+        return self._numbers([span.end for span in self.single])
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Where the single spans' tokens stand in their sequences."""
+        return self._numbers([span.position for span in self.single])
+
+    @cached_property
+    def num_keys(self) -> int:
+        """The most tokens that a single span's store holds."""
+        return max(span.end for span in self.single)
+
+    @cached_property
+    def num_rows(self) -> int:
+        """How many of the pool's slots the single spans reach over."""
+        return int(self.slots.max()) + 1
+
+    @cached_property
+    def shared(self) -> list[tuple[Store, Tensor, int]]:
+        """Every store that is context of single spans, the numbers of these, and the position of its first token."""
+        found: dict[int, tuple[Store, list[int], int]] = {}
+        for number, span in enumerate(self.single):
+            offset = 0
+            for store in span.context:
+                found.setdefault(id(store), (store, [], offset))[1].append(number)
+                offset += store.length
+        return [(store, self._numbers(members), offset) for store, members, offset in found.values()]
+
+    def _numbers(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, device=self.device)
 
 
 def attend(
@@ -160,7 +201,12 @@ def attend(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     queries, keys, values = query[0], key[0], value[0]
     packing.pool.prepare(layer, keys, values)
-    for span in (*packing.single, *packing.several):
+    if packing.single:
+        num_single = len(packing.single)
+        pool_keys, pool_values = packing.pool.layers[layer]
+        pool_keys[packing.slots, :, packing.ends - 1] = keys[:, :num_single].transpose(0, 1)
+        pool_values[packing.slots, :, packing.ends - 1] = values[:, :num_single].transpose(0, 1)
+    for span in packing.several:
         place = slice(span.start, span.start + span.num_tokens)
         span.store.write(layer, span.at, keys[:, place], values[:, place])
     rule = _Rule(scaling, sliding_window, softcap, s_aux)
@@ -178,7 +224,17 @@ AttentionInterface.register(IMPLEMENTATION, attend)
 
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Have a model's layers call `attend` inside the block; outside it, the model is what it was.
+    """Have a model's layers call `attend` inside the block; outside it, the model is what it was."""
+    usual = model.config._attn_implementation
+    model.config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = usual
+
+
+def check_replaceable(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention cannot be replaced.
 
     Raises:
         UnsupportedModel: its architecture computes attention in a way of its own.
@@ -189,10 +245,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
         raise UnsupportedModel(
             f"{model.config.model_type} computes attention in a way of its own, which whyrank's engine cannot replace"
         )
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(usual or "eager")
+    model.set_attn_implementation(usual or "eager")
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,17 +316,14 @@ def _attend_several(queries: Tensor, span: Span, layer: int, rule: _Rule) -> Ten
 def _attend_single(queries: Tensor, packing: Packing, layer: int, rule: _Rule) -> Tensor:
     """`(sequences, heads, size)` for sequences with one new token each."""
     keys, values = packing.pool.layers[layer]
-    spans, device = packing.single, keys.device
-    slots = torch.tensor([packing.pool.slot_of(span.store) for span in spans], device=device)
-    lengths = torch.tensor([span.end for span in spans], device=device)
-    positions = torch.tensor([span.position for span in spans], device=device)
-    num_rows, num_keys, num_kv_heads = int(slots.max()) + 1, int(lengths.max()), keys.shape[1]
-    asked = queries[:, : len(spans)].transpose(0, 1).unflatten(1, (num_kv_heads, -1))  # (sequences, kv, groups, size)
+    slots, num_rows, num_keys = packing.slots, packing.num_rows, packing.num_keys
+    # (sequences, key/value heads, queries per head, size)
+    asked = queries[:, : len(packing.single)].transpose(0, 1).unflatten(1, (keys.shape[1], -1))
     in_slots = asked.new_zeros((num_rows, *asked.shape[1:]))
     in_slots[slots] = asked
-    ends = torch.ones(num_rows, dtype=torch.long, device=device)
-    ends[slots] = lengths
-    places = torch.arange(num_keys, device=device)
+    ends = torch.ones(num_rows, dtype=torch.long, device=keys.device)
+    ends[slots] = packing.ends
+    places = torch.arange(num_keys, device=keys.device)
     seen = places < ends[:, None]
     if rule.window is not None:
         seen &= places >= ends[:, None] - rule.window
@@ -281,31 +331,19 @@ def _attend_single(queries: Tensor, packing: Packing, layer: int, rule: _Rule) -
         in_slots, keys[:num_rows, :, :num_keys], values[:num_rows, :, :num_keys], seen[:, None, None, :]
     )
     out, total = out[slots], total[slots]
-    for store, members, offset in _shared(spans):
-        rows = torch.tensor(members, device=device)
+    for store, rows, offset in packing.shared:
         shared_keys, shared_values = (tensor[:, : store.length] for tensor in store.layers[layer])
         visible = None
         if rule.window is not None:
-            places = offset + torch.arange(store.length, device=device)
-            visible = (places > positions[rows, None] - rule.window).repeat_interleave(asked.shape[2], dim=0)
+            places = offset + torch.arange(store.length, device=keys.device)
+            visible = (places > packing.positions[rows, None] - rule.window).repeat_interleave(asked.shape[2], dim=0)
         # All sequences that share the store, as one matrix of queries per head.
         matrix = asked[rows].transpose(0, 1).flatten(1, 2)
         more, more_total = rule.part(matrix, shared_keys, shared_values, visible)
-        more = more.unflatten(1, (len(members), -1)).transpose(0, 1)
-        more_total = more_total.unflatten(1, (len(members), -1)).transpose(0, 1)
+        more = more.unflatten(1, (len(rows), -1)).transpose(0, 1)
+        more_total = more_total.unflatten(1, (len(rows), -1)).transpose(0, 1)
         both = torch.logaddexp(total[rows], more_total)
         weight, more_weight = ((part - both).exp()[..., None] for part in (total[rows], more_total))
         out[rows] = (out[rows] * weight + more * more_weight).to(out.dtype)
         total[rows] = both
     return rule.with_sinks(out.flatten(1, 2), total.flatten(1, 2), heads_at=1)
-
-
-def _shared(spans: Sequence[Span]) -> list[tuple[Store, list[int], int]]:
-    """Every store that is context, the numbers of the spans that see it, and the position of its first token."""
-    found: dict[int, tuple[Store, list[int], int]] = {}
-    for number, span in enumerate(spans):
-        offset = 0
-        for store in span.context:
-            found.setdefault(id(store), (store, [], offset))[1].append(number)
-            offset += store.length
-    return list(found.values())

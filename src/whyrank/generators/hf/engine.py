@@ -241,7 +241,7 @@ class Engine:
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
                 logits_to_keep=torch.tensor(places, device=device),
-                packing=Packing(self._pool, spans[:num_single], spans[num_single:]),
+                packing=Packing(self._pool, spans[:num_single], spans[num_single:], device),
             )
         logits = cast(Tensor, output.logits)[0].float().split([task.num_logits for task in tasks])
         for_answers = [
