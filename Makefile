@@ -54,7 +54,7 @@ test-slow: .venv/installed-dev
 check: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict src tests scripts
+	$(BIN)/mypy --strict src tests scripts benchmarks
 	$(BIN)/python scripts/docs.py --check
 
 docs: .venv/installed-dev

@@ -120,10 +120,10 @@ def _train(plan: Plan, data: Path, out: Path, template: Mapping[str, object], st
     """One student, in a process of its own."""
     judgments, queries, documents = _read(plan.judgments, data)
     taught = Template.from_dict(template, where=plan.name)
-    parent = multiprocessing.parent_process()
+    parent = os.getppid()
 
     def on_step(step: Step) -> None:
-        if parent is not None and not parent.is_alive():  # killed: another run may already be training this student
+        if os.getppid() != parent:  # it was killed, and another run may already be training this student
             raise SystemExit(1)
         steps.put(step)
 
