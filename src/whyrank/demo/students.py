@@ -8,8 +8,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.queues import Queue
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Empty
 from statistics import fmean
 
 from whyrank.datasets import read_corpus, read_queries
@@ -63,17 +64,16 @@ def train_students(
     """
     num_workers = min(os.cpu_count() or 1, len(plans))
     context = multiprocessing.get_context("spawn")
+    steps: Queue[Step] = context.Queue()
     with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(num_workers, mp_context=context) as pool,
+        ProcessPoolExecutor(num_workers, mp_context=context, initializer=_report_to, initargs=(steps,)) as pool,
         Progress(f"training {len(plans)} students", sum(plan.config.num_steps for plan in plans)) as progress,
     ):
-        steps: Queue[Step] = manager.Queue()
         waiting: dict[str, Future[Distilled]] = {}
         for plan in plans:
             # One thread each, however many plans there are: a student's own config must not depend on its company.
             alone = replace(plan, config=replace(plan.config, num_threads=1))
-            waiting[plan.name] = pool.submit(_train, alone, data, out / plan.name, template.to_dict(), steps)
+            waiting[plan.name] = pool.submit(_train, alone, data, out / plan.name, template.to_dict())
         try:
             _watch(plans, waiting, steps, progress, on_trained)
         except BaseException:
@@ -116,7 +116,14 @@ def steps_for_same_compute(
     return round(config.num_steps * size(config.modes) / size((mode,)))
 
 
-def _train(plan: Plan, data: Path, out: Path, template: Mapping[str, object], steps: Queue[Step]) -> Distilled:
+_reports: list[Queue[Step]] = []  # in a worker: where its steps go
+
+
+def _report_to(steps: Queue[Step]) -> None:
+    _reports.append(steps)
+
+
+def _train(plan: Plan, data: Path, out: Path, template: Mapping[str, object]) -> Distilled:
     """One student, in a process of its own."""
     judgments, queries, documents = _read(plan.judgments, data)
     taught = Template.from_dict(template, where=plan.name)
@@ -124,8 +131,8 @@ def _train(plan: Plan, data: Path, out: Path, template: Mapping[str, object], st
 
     def on_step(step: Step) -> None:
         if os.getppid() != parent:  # it was killed, and another run may already be training this student
-            raise SystemExit(1)
-        steps.put(step)
+            os._exit(1)  # not an exception, which the pool would keep for a parent that is gone
+        _reports[0].put(step)
 
     return distill(judgments, queries, documents, taught, out, plan.config, on_step=on_step)
 
