@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -130,11 +131,12 @@ def test_an_end_token_is_no_part_of_the_explanation(
     assert written[2] not in written[:2]
     if is_first:
         base.tokens.tokenizer.eos_token = base.tokens.tokenizer.convert_ids_to_tokens(written[2])
+    shutil.copytree(checkpoints["llama"], tmp_path, dirs_exist_ok=True)
     base.tokens.tokenizer.save_pretrained(tmp_path)
     settings = base.model.generation_config
     assert settings is not None
     settings.eos_token_id = None if is_first else [base.tokens.tokenizer.eos_token_id, written[2]]
-    base.model.save_pretrained(tmp_path)
+    settings.save_pretrained(tmp_path)
     found = dict(load(tmp_path).generate([request]))[0]
     assert (found.token_ids, found.finish_reason, found.num_completion_tokens) == (written[:2], "stop", 3)
     assert_alike(found, dict(hf(tmp_path).generate([request]))[0])

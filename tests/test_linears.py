@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from whyrank.errors import UnsupportedModel
 from whyrank.generators.hf import linears
 from whyrank.generators.hf.linears import PackedLinear, pack
 
@@ -30,8 +33,18 @@ def test_packed_weights_give_the_same_products(num_rows: int, has_bias: bool, dt
 
 
 def tiny_llama(is_tied: bool) -> LlamaForCausalLM:
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=is_tied, pad_token_id=0, **shape)).eval()
+    shape = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        tie_word_embeddings=is_tied,
+    )
+    model = LlamaForCausalLM(shape)
+    model.train(False)
+    return model
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -44,6 +57,13 @@ def test_a_packed_model_is_the_same_model(is_tied: bool) -> None:
         after = model(input_ids=ids).logits
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
     assert not any(type(module) is torch.nn.Linear for module in model.modules())
+
+
+def test_a_packed_model_is_never_saved_without_its_weights(tmp_path: Path) -> None:
+    model = tiny_llama(True)
+    pack(model)
+    with pytest.raises(UnsupportedModel, match="cannot be saved; copy its checkpoint"):
+        model.save_pretrained(tmp_path)
 
 
 def test_a_large_tied_output_matrix_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

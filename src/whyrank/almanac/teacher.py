@@ -44,10 +44,10 @@ class TeacherConfig:
         InputError: a rate lies outside [0, 1].
     """
 
-    overlap: float = 0.45
+    overlap: float = 0.9
     """Share of the observations whose quotation convinces, from 0 to 1."""
 
-    unquoted: float = 0.15
+    unquoted: float = 0.2
     """Share of the mechanisms that go unrecognised where nothing is quoted, from 0 to 1."""
 
     confusion: float = 0.1

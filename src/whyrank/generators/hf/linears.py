@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from whyrank.errors import UnsupportedModel
+
 __all__ = ["PackedLinear", "pack"]
 
 ROWS_EXPECTED = 32  # what the arrangement is chosen for; other numbers of rows are right, too
@@ -28,6 +30,9 @@ class PackedLinear(torch.nn.Module):
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_EXPECTED)
         self._bias = None if linear.bias is None else linear.bias.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
+        raise UnsupportedModel("a model whose weights are laid out for ranking cannot be saved; copy its checkpoint")
 
     def forward(self, rows: Tensor) -> Tensor:
         """`(…, in_features)` to `(…, out_features)`."""
