@@ -109,7 +109,7 @@ TemplateOption = Annotated[
 Instruction = Annotated[str | None, typer.Option(help="Replaces the template's statement of what is relevant.")]
 MaxExplanationTokens = Annotated[int | None, typer.Option(min=1, help="Overrides the template's cap.")]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Device = Annotated[DeviceName, setting(ModelOptions, "device")]
 Dtype = Annotated[DtypeName, setting(ModelOptions, "dtype")]
 BatchSize = Annotated[int, setting(ModelOptions, "batch_size", minimum=1)]

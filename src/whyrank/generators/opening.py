@@ -36,8 +36,8 @@ class ModelOptions:
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where an hf model runs; auto prefers CUDA, then MPS, then the CPU."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights of an hf model; auto is bfloat16 on CUDA and float32 elsewhere."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Weights of an hf model; auto is bfloat16 on CUDA and float32 elsewhere, int8 is for CPUs."""
     batch_size: int = 16
     """Pairs that share a forward pass of an hf model."""
     concurrency: int = 8
@@ -165,6 +165,8 @@ def _open_vllm(model: str, template: Template | None, mode: Mode, options: Model
         raise InputError("expected vllm:MODEL with a folder or hub id, found 'vllm:'")
     if options.device not in ("auto", "cuda"):
         raise InputError(f"vLLM runs on the device that it was built for; leave --device {options.device} out")
+    if options.dtype == "int8":
+        raise InputError("--dtype int8 is for hf models on CPUs; vLLM runs checkpoints that were quantized beforehand")
     for module in ("torch", "transformers"):
         require(module, "vllm")
     from transformers.utils.hub import cached_file

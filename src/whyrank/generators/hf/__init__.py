@@ -14,12 +14,12 @@ from typing import Self
 import torch
 from transformers import PreTrainedModel
 
-from whyrank.errors import GenerationError, TemplateMismatch
+from whyrank.errors import GenerationError, InputError, TemplateMismatch
 from whyrank.generators import Completion, Request
 from whyrank.generators.hf.attention import check_replaceable
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.hf.engine import Answer, Engine
-from whyrank.generators.hf.linears import pack
+from whyrank.generators.hf.linears import is_available, pack
 from whyrank.generators.hf.load import (
     Device,
     Dtype,
@@ -57,20 +57,22 @@ class HfGenerator:
         Args:
             model: folder or hub id; weights must be safetensors.
             device: `auto` prefers CUDA, then MPS, then the CPU.
-            dtype: `auto` is bfloat16 on CUDA and float32 elsewhere.
+            dtype: `auto` is bfloat16 on CUDA and float32 elsewhere; `int8` is for CPUs (`linears.py`).
             batch_size: answers that are written at once.
             name: how judgments call the model; by default what was given as `model`. A digest of the weights is
                 added, so that judgments of another model in the same place are not taken for its own.
 
         Raises:
-            InputError: nothing loadable is there, or the device is not.
+            InputError: nothing loadable is there, or the device is not, or it has no such products.
             UnsupportedModel: an architecture or tokenizer that cannot be run correctly.
         """
         place = resolve_device(device)
         loaded = load_model(model, place, resolve_dtype(dtype, place))
         check_replaceable(loaded)
-        named = f"{name or model}@{weights_digest(loaded)}"
-        pack(loaded)
+        named = f"{name or model}@{weights_digest(loaded)}" + ("-int8" if dtype == "int8" else "")
+        if dtype == "int8" and not is_available(int8=True):
+            raise InputError("--dtype int8: this build of torch has no 8-bit products for this processor; use float32")
+        pack(loaded, int8=dtype == "int8")
         return cls(named, loaded, ChatTokens(load_tokenizer(model)), batch_size)
 
     @property

@@ -27,6 +27,7 @@ from whyrank.errors import UnsupportedModel
 __all__ = ["IMPLEMENTATION", "Packing", "Pool", "Span", "Store", "attend", "check_replaceable", "packed_attention"]
 
 IMPLEMENTATION = "whyrank"
+BLOCK_ROWS = 8
 
 
 @dataclass(slots=True)
@@ -123,6 +124,7 @@ class Packing:
     single: Sequence[Span]
     several: Sequence[Span]
     device: torch.device
+    _blocks: dict[int | None, list[tuple[slice, int, Tensor]]] = field(default_factory=dict, init=False)
 
     @cached_property
     def slots(self) -> Tensor:
@@ -140,14 +142,26 @@ class Packing:
         return self._numbers([span.position for span in self.single])
 
     @cached_property
-    def num_keys(self) -> int:
-        """The most tokens that a single span's store holds."""
-        return max(span.end for span in self.single)
-
-    @cached_property
     def num_rows(self) -> int:
         """How many of the pool's slots the single spans reach over."""
         return int(self.slots.max()) + 1
+
+    def blocks(self, window: int | None) -> list[tuple[slice, int, Tensor]]:
+        """Neighbouring slots that are attended to at once, the most tokens that a store among them holds, and what is
+        hidden of these, `(slots, 1, 1, tokens)`. Stores of neighbours are about equally long; on a CPU a few at a time
+        leave little padding, elsewhere one product for all is faster."""
+        if window not in self._blocks:
+            ends = torch.ones(self.num_rows, dtype=torch.long, device=self.device)
+            ends[self.slots] = self.ends
+            size = BLOCK_ROWS if self.device.type == "cpu" else self.num_rows
+            self._blocks[window] = found = []
+            for start in range(0, self.num_rows, size):
+                block = ends[start : start + size, None]
+                num_keys = int(block.max())
+                places = torch.arange(num_keys, device=self.device)
+                seen = (places < block) if window is None else (places < block) & (places >= block - window)
+                found.append((slice(start, start + len(block)), num_keys, _hidden(seen)[:, None, None, :]))
+        return self._blocks[window]
 
     @cached_property
     def shared(self) -> list[tuple[Store, Tensor, int]]:
@@ -262,14 +276,28 @@ class _Rule:
         """Whether torch's own fused attention follows it."""
         return self.softcap is None and self.sinks is None
 
-    def part(self, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Output `(…, queries, size)` and log-sum-exp `(…, queries)` of attention to some of the keys; `seen` is
-        true where a key is visible, and broadcasts to `(…, queries, keys)`."""
+    def part(self, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention to some of the keys.
+
+        Args:
+            queries: `(rows, heads, queries, size)`.
+            keys: `(rows, heads, keys, size)`; `values` likewise.
+            values: see `keys`.
+            hidden: what is added to the scores, 0 or very little; broadcasts to `(rows, heads, queries, keys)`.
+
+        Returns:
+            Output `(rows, heads, queries, size)` and log-sum-exp `(rows, heads, queries)`, float32.
+        """
+        if self.softcap is None and queries.device.type == "cpu":  # torch's fused attention, and its log-sum-exp
+            out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                queries, keys, values, attn_mask=hidden, scale=self.scaling
+            )
+            return out, total
         scores = (queries @ keys.transpose(-1, -2)).float() * self.scaling
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
-        if seen is not None:
-            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+        if hidden is not None:
+            scores = scores + hidden
         total = scores.logsumexp(dim=-1)
         return (scores - total[..., None]).exp().to(values.dtype) @ values, total
 
@@ -307,39 +335,34 @@ def _attend_several(queries: Tensor, span: Span, layer: int, rule: _Rule) -> Ten
             scale=rule.scaling,
             enable_gqa=num_groups > 1,
         )[0]
-    out, total = rule.part(
-        queries, keys.repeat_interleave(num_groups, dim=0), values.repeat_interleave(num_groups, dim=0), seen
-    )
-    return rule.with_sinks(out, total, heads_at=0)
+    repeated = (tensor.repeat_interleave(num_groups, dim=0)[None] for tensor in (keys, values))
+    out, total = rule.part(queries[None], *repeated, _hidden(seen))
+    return rule.with_sinks(out[0], total[0], heads_at=0)
 
 
 def _attend_single(queries: Tensor, packing: Packing, layer: int, rule: _Rule) -> Tensor:
     """`(sequences, heads, size)` for sequences with one new token each."""
     keys, values = packing.pool.layers[layer]
-    slots, num_rows, num_keys = packing.slots, packing.num_rows, packing.num_keys
+    slots, num_rows = packing.slots, packing.num_rows
     # (sequences, key/value heads, queries per head, size)
     asked = queries[:, : len(packing.single)].transpose(0, 1).unflatten(1, (keys.shape[1], -1))
     in_slots = asked.new_zeros((num_rows, *asked.shape[1:]))
     in_slots[slots] = asked
-    ends = torch.ones(num_rows, dtype=torch.long, device=keys.device)
-    ends[slots] = packing.ends
-    places = torch.arange(num_keys, device=keys.device)
-    seen = places < ends[:, None]
-    if rule.window is not None:
-        seen &= places >= ends[:, None] - rule.window
-    out, total = rule.part(
-        in_slots, keys[:num_rows, :, :num_keys], values[:num_rows, :, :num_keys], seen[:, None, None, :]
-    )
-    out, total = out[slots], total[slots]
+    parts = [
+        rule.part(in_slots[rows], keys[rows, :, :num_keys], values[rows, :, :num_keys], hidden)
+        for rows, num_keys, hidden in packing.blocks(rule.window)
+    ]
+    out, total = (torch.cat(found)[slots] for found in zip(*parts, strict=True))
     for store, rows, offset in packing.shared:
-        shared_keys, shared_values = (tensor[:, : store.length] for tensor in store.layers[layer])
-        visible = None
+        shared_keys, shared_values = (tensor[None, :, : store.length] for tensor in store.layers[layer])
+        hidden = None
         if rule.window is not None:
             places = offset + torch.arange(store.length, device=keys.device)
-            visible = (places > packing.positions[rows, None] - rule.window).repeat_interleave(asked.shape[2], dim=0)
+            seen = places > packing.positions[rows, None] - rule.window
+            hidden = _hidden(seen.repeat_interleave(asked.shape[2], dim=0))
         # All sequences that share the store, as one matrix of queries per head.
-        matrix = asked[rows].transpose(0, 1).flatten(1, 2)
-        more, more_total = rule.part(matrix, shared_keys, shared_values, visible)
+        matrix = asked[rows].transpose(0, 1).flatten(1, 2)[None]
+        more, more_total = (part[0] for part in rule.part(matrix, shared_keys, shared_values, hidden))
         more = more.unflatten(1, (len(rows), -1)).transpose(0, 1)
         more_total = more_total.unflatten(1, (len(rows), -1)).transpose(0, 1)
         both = torch.logaddexp(total[rows], more_total)
@@ -347,3 +370,9 @@ def _attend_single(queries: Tensor, packing: Packing, layer: int, rule: _Rule) -
         out[rows] = (out[rows] * weight + more * more_weight).to(out.dtype)
         total[rows] = both
     return rule.with_sinks(out.flatten(1, 2), total.flatten(1, 2), heads_at=1)
+
+
+def _hidden(seen: Tensor) -> Tensor:
+    """What to add to scores, so that those that are not seen take no weight."""
+    hidden = torch.zeros(seen.shape, device=seen.device)
+    return hidden.masked_fill_(~seen, torch.finfo(hidden.dtype).min)

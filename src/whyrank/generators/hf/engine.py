@@ -28,7 +28,7 @@ from whyrank.generators.hf.labels import label_log_probs, prefixes_to_visit
 __all__ = ["Answer", "Engine"]
 
 BATCHES_READ_AHEAD = 8
-MAX_PASS_TOKENS = 2048  # of prompts in one pass, so that activations stay small
+MAX_PASS_TOKENS = 512  # of prompts in one pass, so that activations stay small
 CAPACITY_STEP = 64  # pools are made a little larger than needed, so that a slightly longer document fits, too
 Tokens = tuple[int, ...]
 

@@ -1,57 +1,146 @@
 """Linear layers whose weights are laid out for the CPU once, when a model is loaded.
 
 torch multiplies by weights as they come from the checkpoint, and rearranges them in every call. For the few rows of a
-decoding step that costs about half as much as the product itself. oneDNN can keep its own arrangement instead.
+decoding step that costs about half as much as the product itself. oneDNN can keep its own arrangement instead, apply
+the activation of a gated MLP while the product is still in the processor's registers, and multiply 8-bit integers.
+
+8-bit weights have one scale per output, 8-bit rows one scale each, found when they come (Dettmers et al. 2022, arXiv
+2208.07339, without its outlier columns); products are summed as 32-bit integers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, silu
 from transformers import PreTrainedModel
 
 from whyrank.errors import UnsupportedModel
 
-__all__ = ["PackedLinear", "pack"]
+__all__ = ["GatedMlp", "Int8Linear", "PackedLinear", "is_available", "pack", "quantize_rows"]
 
+Activation = Literal["swish", "gelu"]
 ROWS_EXPECTED = 32  # what the arrangement is chosen for; other numbers of rows are right, too
 MAX_TIED_BYTES = 64 * 2**20  # a larger output matrix that is also the embedding is not copied
+LARGEST, ZERO = 127, 128  # of 8-bit rows: they are stored without a sign, because oneDNN's products of those are faster
+NUM_PROBED = 4  # rows that a replaced MLP is tried with
 
 
-class PackedLinear(torch.nn.Module):
-    """`torch.nn.Linear` with oneDNN's arrangement of the weights, in float32 or bfloat16."""
+class _Laid(torch.nn.Module):
+    """A linear layer in an arrangement of its own, which no checkpoint could hold."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach().contiguous()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_EXPECTED)
         self._bias = None if linear.bias is None else linear.bias.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
         raise UnsupportedModel("a model whose weights are laid out for ranking cannot be saved; copy its checkpoint")
 
+
+class PackedLinear(_Laid):
+    """`torch.nn.Linear` with oneDNN's arrangement of the weights, in float32 or bfloat16."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.detach().contiguous()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_EXPECTED)
+
     def forward(self, rows: Tensor) -> Tensor:
         """`(…, in_features)` to `(…, out_features)`."""
-        found = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+        return self._with("none", rows)
+
+    def gate(self, activation: Activation, up: PackedLinear, rows: Tensor) -> Tensor:
+        """`activation(self(rows)) * up(rows)`, in two products without a further pass over memory."""
+        gate = self._with(activation, rows)
+        found = torch.ops.mkldnn._linear_pointwise.binary(rows, gate, up._weight, up._bias, "mul")
+        return cast(Tensor, found)
+
+    def _with(self, activation: Activation | Literal["none"], rows: Tensor) -> Tensor:
+        variant = "tanh" if activation == "gelu" else ""
+        found = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, activation, [], variant)
         return cast(Tensor, found)
 
 
-def pack(model: PreTrainedModel) -> int:
+class Int8Linear(_Laid):
+    """`torch.nn.Linear` with 8-bit weights, for float32 rows."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.detach().float()
+        self._scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+        small = (weight / self._scales[:, None]).round_().to(torch.int8)
+        self._weight = torch.ops.onednn.qlinear_prepack(small, [ROWS_EXPECTED, self.in_features])
+        self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`(…, in_features)` to `(…, out_features)`."""
+        return self._times(*quantize_rows(rows))
+
+    def gate(self, activation: Activation, up: Int8Linear, rows: Tensor) -> Tensor:
+        """`activation(self(rows)) * up(rows)`."""
+        small, scales = quantize_rows(rows)
+        gate = self._times(small, scales)
+        gate = silu(gate, inplace=True) if activation == "swish" else gelu(gate, approximate="tanh")
+        return gate.mul_(up._times(small, scales))
+
+    def _times(self, rows: Tensor, scales: Tensor) -> Tensor:
+        found = torch.ops.onednn.qlinear_pointwise(
+            *(rows.flatten(0, -2), 1.0, ZERO, self._weight, self._scales, self._zeros),
+            *(None, 1.0, 0, torch.float32, "none", [], ""),
+        )
+        found = cast(Tensor, found).unflatten(0, rows.shape[:-1]).mul_(scales)
+        return found if self._bias is None else found.add_(self._bias)
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit rows `(…, features)`, from 1 to 255 with 128 for zero, and the scale of each, `(…, 1)`."""
+    scales = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny) / LARGEST
+    return (rows / scales).round_().add_(ZERO).to(torch.uint8), scales
+
+
+class GatedMlp(torch.nn.Module):
+    """`down(activation(gate(rows)) * up(rows))`, the MLP of Llama and most of its successors."""
+
+    def __init__(self, mlp: torch.nn.Module, activation: Activation) -> None:
+        super().__init__()
+        self._activation = activation
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`(…, hidden size)` to the same shape."""
+        return cast(Tensor, self.down_proj(self.gate_proj.gate(self._activation, self.up_proj, rows)))
+
+
+def is_available(*, int8: bool) -> bool:
+    """Whether this build of torch has the products for this machine."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return not int8 or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def pack(model: PreTrainedModel, *, int8: bool = False) -> int:
     """Replace a model's linear layers in place, and free their weights; returns how many were replaced.
 
     Left alone are layers on other devices or in other precisions, and an output matrix that is also the embedding and
-    large.
+    large (unless it becomes four times as small). An MLP is fused where the same rows give the same results.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not is_available(int8=int8):
         return 0
     tied = model.get_input_embeddings().weight
-    chosen = [(parent, name, linear) for parent, name, linear in _linears(model) if _is_worth_packing(linear, tied)]
+    chosen = [
+        (parent, name, linear) for parent, name, linear in _linears(model) if _is_worth_packing(linear, tied, int8=int8)
+    ]
     for parent, name, linear in chosen:
-        setattr(parent, name, PackedLinear(linear))
+        setattr(parent, name, Int8Linear(linear) if int8 else PackedLinear(linear))
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            fused = _fused(child)
+            if fused is not None:
+                setattr(parent, name, fused)
     return len(chosen)
 
 
@@ -62,8 +151,28 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Module, str, tor
                 yield parent, name, child
 
 
-def _is_worth_packing(linear: torch.nn.Linear, tied: object) -> bool:
+def _is_worth_packing(linear: torch.nn.Linear, tied: object, *, int8: bool) -> bool:
     weight = linear.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
-    return weight is not tied or weight.numel() * weight.element_size() <= MAX_TIED_BYTES
+    return weight is not tied or int8 or weight.numel() * weight.element_size() <= MAX_TIED_BYTES
+
+
+def _fused(mlp: torch.nn.Module) -> GatedMlp | None:
+    """The same MLP with its activation inside the products, if it is one of those that can be."""
+    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    gate, up = parts[:2]
+    if not all(isinstance(part, _Laid) for part in parts) or type(gate) is not type(up):
+        return None
+    assert isinstance(gate, _Laid)
+    weight = gate._weight
+    rows = torch.linspace(-2, 2, NUM_PROBED * gate.in_features).view(NUM_PROBED, -1)
+    rows = rows.to(torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)
+    with torch.inference_mode():
+        wanted = mlp(rows).float()
+        for activation in ("swish", "gelu"):
+            fused = GatedMlp(mlp, cast(Activation, activation))
+            error = (fused(rows).float() - wanted).abs().max()
+            if error <= wanted.abs().max() * (0.02 if rows.dtype == torch.bfloat16 else 1e-5):
+                return fused
+    return None

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 STANDARD_LAYERS = {"full_attention", "sliding_attention"}
@@ -49,7 +49,15 @@ def resolve_device(device: Device) -> torch.device:
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    """What a model computes in: `auto` is bfloat16 on CUDA and float32 elsewhere; 8-bit weights multiply float32.
+
+    Raises:
+        InputError: 8-bit weights on another device than a CPU.
+    """
+    if dtype == "int8":
+        if device.type != "cpu":
+            raise InputError(f"--dtype int8 runs on CPUs, not on {device.type}; use bfloat16 there")
+        return torch.float32
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[dtype]
