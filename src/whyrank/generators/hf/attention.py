@@ -335,8 +335,8 @@ def _attend_several(queries: Tensor, span: Span, layer: int, rule: _Rule) -> Ten
             scale=rule.scaling,
             enable_gqa=num_groups > 1,
         )[0]
-    repeated = (tensor.repeat_interleave(num_groups, dim=0)[None] for tensor in (keys, values))
-    out, total = rule.part(queries[None], *repeated, _hidden(seen))
+    repeated = [tensor.repeat_interleave(num_groups, dim=0)[None] for tensor in (keys, values)]
+    out, total = rule.part(queries[None], repeated[0], repeated[1], _hidden(seen))
     return rule.with_sinks(out[0], total[0], heads_at=0)
 
 

@@ -4,14 +4,16 @@ torch multiplies by weights as they come from the checkpoint, and rearranges the
 decoding step that costs about half as much as the product itself. oneDNN can keep its own arrangement instead, apply
 the activation of a gated MLP while the product is still in the processor's registers, and multiply 8-bit integers.
 
-8-bit weights have one scale per output, 8-bit rows one scale each, found when they come (Dettmers et al. 2022, arXiv
-2208.07339, without its outlier columns); products are summed as 32-bit integers.
+Only these products are narrow. Everything between them is float32, keys and values included: torch's attention with one
+query per sequence is several times slower in bfloat16 on CPUs. 8-bit weights have one scale per output, 8-bit rows one
+scale each, found when they come (Dettmers et al. 2022, arXiv 2208.07339, without its outlier columns); their products
+are summed as 32-bit integers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +26,6 @@ __all__ = ["GatedMlp", "Int8Linear", "PackedLinear", "is_available", "pack", "qu
 
 Activation = Literal["swish", "gelu"]
 ROWS_EXPECTED = 32  # what the arrangement is chosen for; other numbers of rows are right, too
-MAX_TIED_BYTES = 64 * 2**20  # a larger output matrix that is also the embedding is not copied
 LARGEST, ZERO = 127, 128  # of 8-bit rows: they are stored without a sign, because oneDNN's products of those are faster
 NUM_PROBED = 4  # rows that a replaced MLP is tried with
 
@@ -36,13 +37,14 @@ class _Laid(torch.nn.Module):
         super().__init__()
         self._bias = None if linear.bias is None else linear.bias.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.is_narrow = linear.weight.dtype == torch.bfloat16
 
     def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
         raise UnsupportedModel("a model whose weights are laid out for ranking cannot be saved; copy its checkpoint")
 
 
 class PackedLinear(_Laid):
-    """`torch.nn.Linear` with oneDNN's arrangement of the weights, in float32 or bfloat16."""
+    """`torch.nn.Linear` in oneDNN's arrangement: products in float32 or bfloat16, results in float32."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__(linear)
@@ -51,10 +53,11 @@ class PackedLinear(_Laid):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`(…, in_features)` to `(…, out_features)`."""
-        return self._with("none", rows)
+        return self._with("none", rows.to(self._weight.dtype)).float()
 
     def gate(self, activation: Activation, up: PackedLinear, rows: Tensor) -> Tensor:
-        """`activation(self(rows)) * up(rows)`, in two products without a further pass over memory."""
+        """`activation(self(rows)) * up(rows)` in the products' precision, without a further pass over memory."""
+        rows = rows.to(self._weight.dtype)
         gate = self._with(activation, rows)
         found = torch.ops.mkldnn._linear_pointwise.binary(rows, gate, up._weight, up._bias, "mul")
         return cast(Tensor, found)
@@ -84,16 +87,16 @@ class Int8Linear(_Laid):
         """`activation(self(rows)) * up(rows)`."""
         small, scales = quantize_rows(rows)
         gate = self._times(small, scales)
-        gate = silu(gate, inplace=True) if activation == "swish" else gelu(gate, approximate="tanh")
-        return gate.mul_(up._times(small, scales))
+        active = silu(gate, inplace=True) if activation == "swish" else gelu(gate, approximate="tanh")
+        return active * up._times(small, scales)
 
     def _times(self, rows: Tensor, scales: Tensor) -> Tensor:
-        found = torch.ops.onednn.qlinear_pointwise(
+        flat: Tensor = torch.ops.onednn.qlinear_pointwise(
             *(rows.flatten(0, -2), 1.0, ZERO, self._weight, self._scales, self._zeros),
             *(None, 1.0, 0, torch.float32, "none", [], ""),
         )
-        found = cast(Tensor, found).unflatten(0, rows.shape[:-1]).mul_(scales)
-        return found if self._bias is None else found.add_(self._bias)
+        found = flat.view(*rows.shape[:-1], -1) * scales
+        return found if self._bias is None else found + self._bias
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,10 +108,15 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 class GatedMlp(torch.nn.Module):
     """`down(activation(gate(rows)) * up(rows))`, the MLP of Llama and most of its successors."""
 
+    gate_proj: PackedLinear
+    up_proj: PackedLinear
+    down_proj: PackedLinear
+
     def __init__(self, mlp: torch.nn.Module, activation: Activation) -> None:
         super().__init__()
         self._activation = activation
-        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        for name in ("gate_proj", "up_proj", "down_proj"):  # of one kind, packed or 8-bit
+            self.add_module(name, mlp.get_submodule(name))
 
     def forward(self, rows: Tensor) -> Tensor:
         """`(…, hidden size)` to the same shape."""
@@ -125,17 +133,20 @@ def is_available(*, int8: bool) -> bool:
 def pack(model: PreTrainedModel, *, int8: bool = False) -> int:
     """Replace a model's linear layers in place, and free their weights; returns how many were replaced.
 
-    Left alone are layers on other devices or in other precisions, and an output matrix that is also the embedding and
-    large (unless it becomes four times as small). An MLP is fused where the same rows give the same results.
+    An output matrix that is also the embedding is copied. An MLP is fused where the same rows give the same results.
+    Models on other devices or in float16 are left alone (float16 weights can become 8-bit ones).
     """
-    if not is_available(int8=int8):
+    packable = (torch.float32, torch.bfloat16, *([torch.float16] if int8 else []))
+    if model.device.type != "cpu" or model.dtype not in packable or not is_available(int8=int8):
         return 0
-    tied = model.get_input_embeddings().weight
-    chosen = [
-        (parent, name, linear) for parent, name, linear in _linears(model) if _is_worth_packing(linear, tied, int8=int8)
-    ]
+    chosen = list(_linears(model))
     for parent, name, linear in chosen:
         setattr(parent, name, Int8Linear(linear) if int8 else PackedLinear(linear))
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, given, rows: rows.float())
+    for parameter in model.parameters():
+        if parameter is not embedding.weight:
+            parameter.data = parameter.data.float()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             fused = _fused(child)
@@ -151,13 +162,6 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Module, str, tor
                 yield parent, name, child
 
 
-def _is_worth_packing(linear: torch.nn.Linear, tied: object, *, int8: bool) -> bool:
-    weight = linear.weight
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    return weight is not tied or int8 or weight.numel() * weight.element_size() <= MAX_TIED_BYTES
-
-
 def _fused(mlp: torch.nn.Module) -> GatedMlp | None:
     """The same MLP with its activation inside the products, if it is one of those that can be."""
     parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -165,14 +169,12 @@ def _fused(mlp: torch.nn.Module) -> GatedMlp | None:
     if not all(isinstance(part, _Laid) for part in parts) or type(gate) is not type(up):
         return None
     assert isinstance(gate, _Laid)
-    weight = gate._weight
     rows = torch.linspace(-2, 2, NUM_PROBED * gate.in_features).view(NUM_PROBED, -1)
-    rows = rows.to(torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)
+    tolerance = 0.02 if gate.is_narrow else 1e-5
     with torch.inference_mode():
-        wanted = mlp(rows).float()
-        for activation in ("swish", "gelu"):
-            fused = GatedMlp(mlp, cast(Activation, activation))
-            error = (fused(rows).float() - wanted).abs().max()
-            if error <= wanted.abs().max() * (0.02 if rows.dtype == torch.bfloat16 else 1e-5):
+        wanted = mlp(rows)
+        for activation in get_args(Activation):
+            fused = GatedMlp(mlp, activation)
+            if (fused(rows) - wanted).abs().max() <= wanted.abs().max() * tolerance:
                 return fused
     return None

@@ -48,8 +48,9 @@ def resolve_device(device: Device) -> torch.device:
     return torch.device(device)
 
 
-def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """What a model computes in: `auto` is bfloat16 on CUDA and float32 elsewhere; 8-bit weights multiply float32.
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """What weights are loaded in: `auto` is bfloat16 on CUDA and float32 elsewhere; 8-bit ones are made of what the
+    checkpoint holds, which transformers calls "auto".
 
     Raises:
         InputError: 8-bit weights on another device than a CPU.
@@ -57,7 +58,7 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     if dtype == "int8":
         if device.type != "cpu":
             raise InputError(f"--dtype int8 runs on CPUs, not on {device.type}; use bfloat16 there")
-        return torch.float32
+        return "auto"
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[dtype]
@@ -75,7 +76,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"no tokenizer could be loaded from {str(model)!r}: {_first_line(cause)}") from cause
 
 
-def load_model(model: str | Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(model: str | Path, device: torch.device, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
     """A causal LM with a standard key/value cache, in evaluation mode.
 
     Raises:
