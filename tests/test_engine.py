@@ -27,6 +27,7 @@ from tests.checkpoints import save_checkpoint
 from whyrank.generators import Completion, Request, Sampling
 from whyrank.generators.hf import HfGenerator
 from whyrank.generators.hf.attention import Packing, Pool, Span, Store, packed_attention
+from whyrank.generators.hf.engine import rounded_up
 from whyrank.template import Template
 
 TEMPLATE = Template.load("almanac")
@@ -154,8 +155,10 @@ def passes_of(generator: HfGenerator) -> Iterator[list[int]]:
     """The number of tokens in every pass of the model."""
     sizes: list[int] = []
 
-    def note(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Tensor]) -> None:
-        sizes.append(kwargs["input_ids"].numel())
+    def note(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+        packing = kwargs["packing"]
+        sizes.append(sum(span.num_tokens for span in (*packing.single, *packing.several)))
+        assert kwargs["input_ids"].numel() == rounded_up(sizes[-1])
 
     handle = generator.model.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -232,3 +235,10 @@ def test_nothing_is_left_behind(generator: HfGenerator) -> None:
         answers(generator, requests_about(generator, 2))
         after = generator.model(input_ids=ids).logits
     assert torch.equal(before, after)
+
+
+def test_passes_have_few_lengths_and_are_little_longer_than_needed() -> None:
+    lengths = [rounded_up(number) for number in range(1, 2001)]
+    assert all(number <= length < number + 32 for number, length in enumerate(lengths, 1))
+    assert lengths[:32] == list(range(1, 33))
+    assert len(set(lengths)) == 32 + 6 + 59  # by ones to 32, by 16 to 128, by 32 to 2,016

@@ -38,8 +38,10 @@ class ModelOptions:
     """Where an hf model runs; auto prefers CUDA, then MPS, then the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Weights of an hf model; auto is bfloat16 on CUDA and float32 elsewhere, int8 is for CPUs."""
-    batch_size: int = 16
-    """Pairs that share a forward pass of an hf model."""
+    batch_size: int | None = None
+    """Answers that an hf model writes at once; by default 32, or as many as --memory has room for."""
+    memory: str | None = None
+    """What an hf model may take on top of its weights, such as 4GiB; fewer answers at once keep to it."""
     concurrency: int = 8
     """Requests that are under way at an endpoint at once."""
     timeout: float = 120.0
@@ -55,7 +57,7 @@ class ModelOptions:
 
 
 OPTIONS = {
-    "hf": ("device", "dtype", "batch_size"),
+    "hf": ("device", "dtype", "batch_size", "memory"),
     "vllm": ("dtype",),
     "endpoint": ("concurrency", "timeout", "deadline", "max_retries", "has_logprobs", "token_limit_field"),
     "scripted": (),
@@ -149,9 +151,15 @@ def _open_hf(
     if not Path(model).is_dir():
         _require_on_hub(str(model))
     from whyrank.generators.hf import HfGenerator
+    from whyrank.generators.hf.memory import read_size
 
     generator = HfGenerator.load(
-        model, device=options.device, dtype=options.dtype, batch_size=options.batch_size, name=name.rstrip("/")
+        model,
+        device=options.device,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        memory=None if options.memory is None else read_size(options.memory),
+        name=name.rstrip("/"),
     )
     card = _find_card(model, is_template_given=template is not None)
     if card is None:

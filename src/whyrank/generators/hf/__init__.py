@@ -32,15 +32,23 @@ from whyrank.generators.hf.load import (
 
 __all__ = ["HfGenerator"]
 
+DEFAULT_BATCH = 32
+MOST_AT_ONCE = 256
+
 
 @dataclass(frozen=True, slots=True)
 class HfGenerator:
-    """A loaded model as a `Generator`. `batch_size` is the number of answers that are written at once."""
+    """A loaded model as a `Generator`.
+
+    `batch_size` is the number of answers that are written at once: `None` stands for 32, or for as many as there is
+    room for where `memory` bytes, on top of the weights, are given.
+    """
 
     name: str
     model: PreTrainedModel
     tokens: ChatTokens
-    batch_size: int = 16
+    batch_size: int | None = None
+    memory: int | None = None
 
     @classmethod
     def load(
@@ -49,7 +57,8 @@ class HfGenerator:
         *,
         device: Device = "auto",
         dtype: Dtype = "auto",
-        batch_size: int = 16,
+        batch_size: int | None = None,
+        memory: int | None = None,
         name: str | None = None,
     ) -> Self:
         """Load a checkpoint from a folder or the hub.
@@ -58,7 +67,8 @@ class HfGenerator:
             model: folder or hub id; weights must be safetensors.
             device: `auto` prefers CUDA, then MPS, then the CPU.
             dtype: `auto` is bfloat16 on CUDA and float32 elsewhere; `int8` is for CPUs (`linears.py`).
-            batch_size: answers that are written at once.
+            batch_size: answers that are written at once, at most.
+            memory: bytes to take on top of the weights.
             name: how judgments call the model; by default what was given as `model`. A digest of the weights is
                 added, so that judgments of another model in the same place are not taken for its own.
 
@@ -73,7 +83,7 @@ class HfGenerator:
         if dtype == "int8" and not is_available(int8=True):
             raise InputError("--dtype int8: this build of torch has no 8-bit products for this processor; use float32")
         pack(loaded, int8=dtype == "int8")
-        return cls(named, loaded, ChatTokens(load_tokenizer(model)), batch_size)
+        return cls(named, loaded, ChatTokens(load_tokenizer(model)), batch_size, memory)
 
     @property
     def max_tokens(self) -> int | None:
@@ -91,12 +101,13 @@ class HfGenerator:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
         """Yield each completion as soon as it is ready; reads a bounded number of requests ahead."""
-        engine = Engine(self.model, self.tokens, self.eos_ids, self.batch_size)
+        most = self.batch_size or (DEFAULT_BATCH if self.memory is None else MOST_AT_ONCE)
+        engine = Engine(self.model, self.tokens, self.eos_ids, most, self.memory)
         try:
             yield from engine.run(self._prepare(index, request) for index, request in enumerate(requests))
         except torch.OutOfMemoryError as cause:
             raise GenerationError(
-                f"out of memory with {self.batch_size} answers at once; choose a smaller --batch-size"
+                f"out of memory with {most} answers at once; choose a smaller --batch-size, or a --memory budget"
             ) from cause
 
     def _prepare(self, index: int, request: Request) -> Answer | tuple[int, Completion]:

@@ -224,7 +224,7 @@ def attend(
         place = slice(span.start, span.start + span.num_tokens)
         span.store.write(layer, span.at, keys[:, place], values[:, place])
     rule = _Rule(scaling, sliding_window, softcap, s_aux)
-    out = queries.new_empty((queries.shape[1], queries.shape[0], values.shape[2]))
+    out = queries.new_zeros((queries.shape[1], queries.shape[0], values.shape[2]))
     if packing.single:
         out[: len(packing.single)] = _attend_single(queries, packing, layer, rule)
     for span in packing.several:

@@ -24,10 +24,11 @@ from whyrank.generators.explanations import Explanation, reason_to_stop, settle_
 from whyrank.generators.hf.attention import Packing, Pool, Span, Store, packed_attention
 from whyrank.generators.hf.chat import ChatTokens, Endings
 from whyrank.generators.hf.labels import label_log_probs, prefixes_to_visit
+from whyrank.generators.hf.memory import Footprint
 
-__all__ = ["Answer", "Engine"]
+__all__ = ["Answer", "Engine", "rounded_up"]
 
-BATCHES_READ_AHEAD = 8
+BATCHES_READ_AHEAD, MOST_READ_AHEAD = 8, 512
 MAX_PASS_TOKENS = 512  # of prompts in one pass, so that activations stay small
 CAPACITY_STEP = 64  # pools are made a little larger than needed, so that a slightly longer document fits, too
 Tokens = tuple[int, ...]
@@ -103,15 +104,25 @@ class Engine:
         model: a causal language model in evaluation mode.
         tokens: its tokenizer.
         eos_ids: tokens that end an answer.
-        num_slots: how many answers are written at once.
+        num_slots: how many answers are written at once at most.
+        memory: bytes that may be taken on top of the weights; fewer answers are written at once to keep to it.
     """
 
-    def __init__(self, model: PreTrainedModel, tokens: ChatTokens, eos_ids: frozenset[int], num_slots: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: ChatTokens,
+        eos_ids: frozenset[int],
+        num_slots: int,
+        memory: int | None = None,
+    ) -> None:
         self._model = model
         self._tokens = tokens
         self._eos_ids = eos_ids
         self._num_slots = num_slots
-        self._pool = Pool(num_slots, 0)
+        self._memory = memory
+        self._pool = Pool(0, 0)
+        self._num_shareable = 0
         self._shared: dict[Tokens, Store] = {}  # by all tokens up to and including theirs
         self._num_users: Counter[Tokens] = Counter()
         self._pending: dict[int, list[int]] = {}  # by index of the answer
@@ -120,7 +131,7 @@ class Engine:
     def run(self, answers: Iterable[Answer | tuple[int, Completion]]) -> Iterator[tuple[int, Completion]]:
         """Yield `(index, completion)` of every answer as soon as it is ready; what comes complete is passed on.
 
-        Reads at most `BATCHES_READ_AHEAD` times `num_slots` answers ahead.
+        Reads a few batches of answers ahead, so that neighbours can be put together.
         """
         source = iter(answers)
         waiting: list[Answer] = []
@@ -143,7 +154,7 @@ class Engine:
     ) -> Iterator[tuple[int, Completion]]:
         """Fill the waiting room when it is half empty. Answers that share most stand together, longest first: those
         after it then fit where it was."""
-        most = self._num_slots * BATCHES_READ_AHEAD
+        most = max(self._num_slots, min(self._num_slots * BATCHES_READ_AHEAD, MOST_READ_AHEAD))
         if len(waiting) > most // 2:
             return
         for item in islice(source, most - len(waiting)):
@@ -161,18 +172,47 @@ class Engine:
         """Let in as many as there are slots for and a pass has room for; returns what fills new shared stores."""
         fills: list[_Task] = []
         room = MAX_PASS_TOKENS
-        while waiting and len(active) < self._num_slots and room > 0:
+        while waiting and room > 0:
             answer = waiting[0]
             if answer.num_needed > self._pool.capacity:
                 if active:
                     break  # a larger pool can only be made when this one is empty
-                longest = max(found.num_needed for found in waiting)
-                self._pool = Pool(self._num_slots, math.ceil(longest / CAPACITY_STEP) * CAPACITY_STEP)
+                self._pool = Pool(0, 0)  # gives its memory back before more is taken
+                self._pool = self._make_pool(waiting)
+            if len(active) == self._pool.num_slots or not self._has_room_to_share(answer, is_first=not active):
+                break
             active.append(waiting.pop(0))
             before = len(fills)
             fills += self._enter(answer)
             room -= sum(len(task.tokens) for task in fills[before:]) + len(self._pending[answer.index])
         return fills
+
+    def _make_pool(self, waiting: Sequence[Answer]) -> Pool:
+        """One that holds every answer that waits, with as many slots as there is memory for."""
+        capacity = math.ceil(max(found.num_needed for found in waiting) / CAPACITY_STEP) * CAPACITY_STEP
+        if self._memory is None:
+            return Pool(self._num_slots, capacity)
+        self._num_shareable = 2 * max(self._num_shared(found) for found in waiting)
+        num_slots = Footprint.of(self._model).num_slots(
+            self._memory,
+            capacity=capacity,
+            num_shared=self._num_shareable // 2,
+            num_pass_tokens=MAX_PASS_TOKENS + capacity,
+            most=self._num_slots,
+        )
+        return Pool(num_slots, capacity)
+
+    def _num_shared(self, answer: Answer) -> int:
+        """Tokens that an answer's shared stores hold."""
+        return max((len(prefix) for prefix in self._worth_sharing(answer)), default=0)
+
+    def _has_room_to_share(self, answer: Answer, *, is_first: bool) -> bool:
+        """Whether the stores that an answer shares with others are there, or fit beside those that are."""
+        if self._memory is None or is_first:
+            return True
+        new = [prefix for prefix in self._worth_sharing(answer) if prefix not in self._shared]
+        held = sum(store.capacity for store in self._shared.values())
+        return not new or held + self._num_shared(answer) <= self._num_shareable
 
     def _enter(self, answer: Answer) -> list[_Task]:
         """Give an answer its stores; returns tasks for those that nobody has filled yet."""
@@ -234,11 +274,13 @@ class Engine:
             for place in range(span.start + span.num_tokens - task.num_logits, span.start + span.num_tokens)
         ]
         positions = [span.position + offset for span in spans for offset in range(span.num_tokens)]
+        ids = [token for task in tasks for token in task.tokens]
+        unused = [0] * (rounded_up(len(ids)) - len(ids))
         device = self._model.device
         with packed_attention(self._model):
             output = self._model(
-                input_ids=torch.tensor([[token for task in tasks for token in task.tokens]], device=device),
-                position_ids=torch.tensor([positions], device=device),
+                input_ids=torch.tensor([ids + unused], device=device),
+                position_ids=torch.tensor([positions + unused], device=device),
                 use_cache=False,
                 logits_to_keep=torch.tensor(places, device=device),
                 packing=Packing(self._pool, spans[:num_single], spans[num_single:], device),
@@ -290,6 +332,12 @@ class Engine:
         for depth, node in enumerate(nodes):
             children = sorted({ids[len(node)] for ids in answer.endings.labels if ids[: len(node)] == node != ids})
             answer.after[node] = dict(zip(children, log_probs[depth, children].tolist(), strict=True))
+
+
+def rounded_up(num_tokens: int) -> int:
+    """How long a pass is made: few different lengths, since oneDNN keeps code of its own for each of them."""
+    step = 1 if num_tokens <= 32 else 16 if num_tokens <= 128 else 32
+    return math.ceil(num_tokens / step) * step
 
 
 def _prefixes(answer: Answer) -> tuple[Tokens, Tokens]:

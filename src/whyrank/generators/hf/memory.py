@@ -1,0 +1,90 @@
+"""How many answers fit into a memory budget, counted before the memory is taken.
+
+The budget is for what comes on top of the weights: keys and values, and what a pass needs while it runs. Every answer
+is counted with the longest sequence that its slot may have to hold, so the budget also covers the worst case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from transformers import PreTrainedModel
+
+from whyrank.errors import GenerationError, InputError
+
+__all__ = ["Footprint", "read_size"]
+
+MASK_BYTES = 5  # per token of a prompt and token that it might attend to: whether it does, and what is added
+LOGITS_COPIES = 3
+
+
+def read_size(text: str) -> int:
+    """Bytes, from such as `4GiB`, `800MB` or `100000`.
+
+    Raises:
+        InputError: it is not a size.
+    """
+    try:
+        found: int = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError as cause:
+        raise InputError(f"expected a size of memory such as 4GiB or 800MB, found {text!r}") from cause
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a model needs on top of its weights, in bytes.
+
+    `cached_token` is for the keys and values of one token in all layers, `pass_token` for the activations of a token
+    while a pass runs, `logits_row` for the next-token scores of one answer.
+    """
+
+    cached_token: int
+    pass_token: int
+    logits_row: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """Counted from the model's shape; activations have the widest precision that its weights have."""
+        config = model.config.get_text_config(decoder=True)
+        shape: Mapping[str, Any] = config.to_dict()
+        size = max(parameter.element_size() for parameter in model.parameters() if parameter.is_floating_point())
+        num_heads = shape["num_attention_heads"]
+        head_size = shape.get("head_dim") or shape["hidden_size"] // num_heads
+        key_values = 2 * (shape.get("num_key_value_heads") or num_heads) * head_size
+        wide = max(shape.get("intermediate_size") or 0, 4 * shape["hidden_size"])
+        return cls(
+            cached_token=key_values * shape["num_hidden_layers"] * size,
+            # gate and product of an MLP; queries, keys and values with temporaries of their rotation, and the output
+            # of attention; the residual stream with its norms. The allocator keeps some of it between layers.
+            pass_token=(2 * wide + 5 * (num_heads * head_size + key_values) + 6 * shape["hidden_size"]) * size,
+            logits_row=LOGITS_COPIES * shape["vocab_size"] * 4,
+        )
+
+    def num_slots(self, budget: int, *, capacity: int, num_shared: int, num_pass_tokens: int, most: int) -> int:
+        """How many answers can be written at once.
+
+        Args:
+            budget: bytes.
+            capacity: tokens that a slot holds, the longest prompt without its shared beginning among them.
+            num_shared: tokens of the longest shared beginning; each of two queries at once has one.
+            num_pass_tokens: the most prompt tokens in one pass.
+            most: upper bound of the result.
+
+        Raises:
+            GenerationError: not even one answer fits.
+        """
+        attended = MASK_BYTES * capacity * (capacity + num_shared)
+        fixed = num_pass_tokens * self.pass_token + attended + 2 * num_shared * self.cached_token
+        slot = capacity * self.cached_token + self.logits_row + self.pass_token
+        found = (budget - fixed) // slot
+        if found < 1:
+            raise GenerationError(
+                f"--memory {budget / 2**20:.0f} MiB is too little for one answer of {capacity + num_shared} tokens, "
+                f"which takes {(fixed + slot) / 2**20:.0f} MiB on top of the weights; give at least that, or lower "
+                "max_document_tokens"
+            )
+        return min(found, most)
