@@ -94,7 +94,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, Path | None]:
     known = " or ".join(RANDOM_MODELS)
     models = f"folder of a checkpoint, or {known}; may be repeated (default: both of these)"
     kinds = "W: explain and label, S: label at once (default: both)"
-    dtypes = "one or more, each the same for both sides (default: float32)"
+    dtypes = "one or more, each the same for both sides, but int8 against float32 (default: float32)"
     add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     add("--model", action="append", metavar="DIR", help=models)
     add("--workload", choices=(*KINDS, "both"), default="both", help=kinds)

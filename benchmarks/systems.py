@@ -75,9 +75,11 @@ def _whyrank(folder: Path, dtype: str) -> Run:
 
 
 def load_plain(folder: Path, dtype: str) -> PreTrainedModel:
-    """The checkpoint as transformers loads it, with torch's attention, on the CPU."""
+    """The checkpoint as transformers loads it, with torch's attention, on the CPU; float32 for int8, which transformers
+    does not have there without further packages."""
+    own = torch.float32 if dtype == "int8" else DTYPES[dtype]
     with without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=own, attn_implementation="sdpa")
     return cast(PreTrainedModel, model.eval())
 
 
