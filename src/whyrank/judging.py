@@ -27,11 +27,28 @@ from whyrank.records import JUDGED_STATUSES, Document, Judgment, Mode, Query, St
 from whyrank.store import JsonlAppender, content_key
 from whyrank.template import Rendered, Template, cut_end
 
-__all__ = ["Judge", "JudgingCounts", "judge_into"]
+__all__ = ["Judge", "JudgingCounts", "check_samples", "judge_into"]
 
 log = logging.getLogger("whyrank")
 OF_COMBINED = ("num_answers", "num_unread_answers", "num_by_passages", "num_passages", "num_failed")
 MOST_UNPARSED = 0.01  # share of unreadable judgments up to which a job counts as done
+
+
+def check_samples(num_samples: int, temperature: float) -> None:
+    """Find out before a model is loaded whether its judgments can be drawn so.
+
+    Raises:
+        InputError: a value is out of its range, or several samples would all be the same.
+    """
+    if num_samples < 1:
+        raise InputError(f"expected num_samples of at least 1, found {num_samples}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InputError(f"expected a temperature of at least 0, found {temperature}")
+    if num_samples > 1 and temperature == 0:
+        raise InputError(
+            f"{num_samples} samples drawn at temperature 0 would all be the same: give a temperature above 0, such as "
+            "0.7"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +74,7 @@ class Judge:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise InputError(f"expected mode among {', '.join(get_args(Mode))}, found {self.mode!r}")
-        if self.num_samples < 1:
-            raise InputError(f"expected num_samples of at least 1, found {self.num_samples}")
-        if self.num_samples > 1 and not (self.sampling and self.sampling.temperature > 0):
-            raise InputError(
-                f"{self.num_samples} samples drawn at temperature 0 would all be the same: give a temperature above 0, "
-                "such as 0.7"
-            )
+        check_samples(self.num_samples, self.sampling.temperature if self.sampling else 0.0)
 
     def key(self, query: Query, document: Document) -> str:
         """Content address of a judgment: everything that can change it, and nothing else."""

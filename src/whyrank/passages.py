@@ -16,7 +16,7 @@ from whyrank.search import Bm25Index
 from whyrank.sentences import sentences
 from whyrank.template import CHARACTERS_PER_TOKEN_AT_MOST, cut_end
 
-__all__ = ["LongDocuments", "PassageScore", "Passages", "Span", "choose", "windows"]
+__all__ = ["LongDocuments", "PassageScore", "Passages", "Span", "choose", "passages_of", "windows"]
 
 LongDocuments = Literal["cut", "passages"]
 """What becomes of a document over the template's cap: only its beginning is judged, or it is judged by passages."""
@@ -59,6 +59,20 @@ class Passages:
     def num_best(self) -> int:
         """How many of the best passages the score is the mean of."""
         return 1 if self.score == "max" else 2
+
+
+def passages_of(long_documents: LongDocuments | Passages) -> Passages | None:
+    """The settings that a choice stands for; `None` where long documents are cut.
+
+    Raises:
+        InputError: it is no such choice.
+    """
+    if isinstance(long_documents, Passages):
+        return long_documents
+    if long_documents not in get_args(LongDocuments):
+        choices = ", ".join(get_args(LongDocuments))
+        raise InputError(f"expected long_documents among {choices}, or a Passages, found {long_documents!r}")
+    return Passages() if long_documents == "passages" else None
 
 
 def windows(text: str, max_tokens: int, tokens: TextTokens, *, num_overlap_sentences: int = 1) -> list[Span]:

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from whyrank.cli.documents import read_documents
 from whyrank.cli.options import (
     MODEL,
+    PASSAGES,
     BatchSize,
     Concurrency,
     Corpus,
@@ -25,17 +26,23 @@ from whyrank.cli.options import (
     Json,
     Limit,
     Logprobs,
+    LongDocumentsOption,
     MaxExplanationTokens,
+    MaxPassages,
     MaxRetries,
     ModeOption,
+    NumSamples,
+    PassageScoreOption,
     Queries,
     SkipBad,
+    Temperature,
     TemplateOption,
     Timeout,
     as_usage_error,
     console,
     existing,
     model_options,
+    passage_options,
     print_json,
     require_files,
     resumable,
@@ -46,6 +53,7 @@ from whyrank.demo.config import DemoConfig
 from whyrank.errors import require
 from whyrank.generators import Sampling
 from whyrank.generators.opening import DEFAULT_TEMPLATE, ModelOptions
+from whyrank.judging import check_samples
 from whyrank.progress import Progress
 from whyrank.ranking import OnUnparsed, parse_fuse
 from whyrank.records import Document, Judgment, Mode
@@ -241,6 +249,11 @@ def rerank(
     template: TemplateOption = None,
     instruction: Instruction = None,
     max_explanation_tokens: MaxExplanationTokens = None,
+    num_samples: NumSamples = 1,
+    temperature: Temperature = 0.0,
+    long_documents: LongDocumentsOption = "cut",
+    passage_score: PassageScoreOption = PASSAGES.score,
+    max_passages: MaxPassages = PASSAGES.max_passages,
     top_k: Annotated[
         int | None,
         typer.Option(
@@ -295,6 +308,9 @@ def rerank(
     manifest = Manifest("rerank", {})
     asked = _template(template)
     options = model_options(context, model)
+    long = passage_options(context)
+    with as_usage_error():
+        check_samples(num_samples, temperature)
     candidates = None
     if run is not None:  # before the model, which may take minutes to load
         candidates = read_candidates(
@@ -315,6 +331,9 @@ def rerank(
         fuse=fuse,
         on_unparsed=on_unparsed,
         max_explanation_tokens=max_explanation_tokens,
+        temperature=temperature,
+        num_samples=num_samples,
+        long_documents=long,
         options=options,
     )
     if query is not None and documents is not None:
@@ -374,8 +393,8 @@ def _rank_one(
 
         def on_judgment(judgment: Judgment) -> None:
             progress.advance()
-            if judgment.error:
-                errors.append(judgment.error)
+            if judgment.status == "error":
+                errors.append(str(judgment.error))
 
         ranking = reranker.rank(query, documents, top_k=top_k, on_judgment=on_judgment)
     require_answers(len(errors), len(documents), next(iter(errors), None))
@@ -406,6 +425,8 @@ def _judge_config(reranker: Reranker, options: ModelOptions, **more: JsonValue) 
         "instruction": judge.instruction,
         "limits": asdict(limits),
         "sampling": asdict(sampling),
+        "num_samples": judge.num_samples,
+        "passages": asdict(judge.passages) if judge.passages else None,
         "options": asdict(options),
         **more,
     }
