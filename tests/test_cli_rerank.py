@@ -237,6 +237,10 @@ def test_one_query_as_json_with_documents_from_standard_input() -> None:
                 "status": "ok",
                 "error": None,
                 "passage": "Light\nyellow leaves on a plant",
+                "passage_span": [0, 30],
+                "num_passages": 1,
+                "num_samples": 1,
+                "num_unreadable": 0,
                 "first_stage_rank": 2,
             }
         ],

@@ -57,7 +57,7 @@ def _is_abbreviated(text: str, end: int) -> bool:
     word = LAST_WORD.search(text[start:end])
     if word is None:
         return False
-    before = text[: start + word.start()][-1:]
     if word[0].isdecimal():
-        return before in ("", "\n")
+        place = start + word.start()
+        return place == 0 or text[place - 1] == "\n"
     return word[0].casefold() in ABBREVIATIONS or INITIALS.fullmatch(word[0]) is not None
