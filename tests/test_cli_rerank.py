@@ -173,6 +173,7 @@ def test_manifests_tell_everything_that_was_chosen_and_counted() -> None:
         "skip_bad": True,
     }
     more_chosen = {"top_k": 1, "field": {"text": "text"}, "fuse": "rrf", "on_unparsed": "first_stage"}
+    more_chosen |= {"num_samples": 1, "passages": None}
     assert labelled["config"] == {**shared, "instruction": None}
     assert reranked["config"] == {**labelled["config"], **more_chosen, "instruction": "Be strict."}
     names = ("num_queries", "num_excluded", "num_bad_lines", "num_without_text", "num_new")
