@@ -342,6 +342,8 @@ def rerank(
     assert candidates is not None
     assert out is not None
     more: dict[str, JsonValue] = {"fuse": fuse, "on_unparsed": on_unparsed, "top_k": top_k, "limit": limit}
+    passages = asdict(reranker.judge.passages) if reranker.judge.passages else None
+    more |= {"num_samples": num_samples, "passages": passages}
     config = _judge_config(reranker, options, **more, field={**names}, skip_bad=skip_bad)
     manifest = replace(manifest, config=config).with_inputs(run, corpus, queries, excluded)
     with resumable(out / "judgments.jsonl"):
@@ -425,8 +427,6 @@ def _judge_config(reranker: Reranker, options: ModelOptions, **more: JsonValue) 
         "instruction": judge.instruction,
         "limits": asdict(limits),
         "sampling": asdict(sampling),
-        "num_samples": judge.num_samples,
-        "passages": asdict(judge.passages) if judge.passages else None,
         "options": asdict(options),
         **more,
     }
