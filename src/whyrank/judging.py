@@ -237,6 +237,8 @@ class _Asked:
 
 def _drawn(request: Request, number: int) -> Request:
     """The request for one sample, counted from 0."""
+    if number == 0:
+        return request
     seed = sample_seed(request.sampling.seed, number)
     return replace(request, sampling=replace(request.sampling, seed=seed))
 

@@ -96,7 +96,8 @@ def print_reranked(done: Reranked) -> None:
     if counts.num_queries_cut:
         screen.print(f"{counts.num_queries_cut} judgments saw a query that was cut to the template's max_query_tokens")
     if counts.num_documents_cut:
-        screen.print(f"{counts.num_documents_cut} judgments saw a document that was cut to max_document_tokens")
+        cap = "max_passages" if counts.num_by_passages else "max_document_tokens"
+        screen.print(f"{counts.num_documents_cut} judgments saw a document that was cut to {cap}")
     if counts.num_by_passages:
         screen.print(f"{counts.num_by_passages} long documents were judged by {counts.num_passages} passages")
     if counts.num_answers > counts.num_judgments and counts.num_unread_answers:
