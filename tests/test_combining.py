@@ -139,35 +139,38 @@ def test_samples_of_which_none_can_be_read() -> None:
 
 # ---- passages -------------------------------------------------------------------------------------------------
 
-PASSAGES = [
-    answer("first", (0.5, 0.5, 0.0), passage=(0, 9)),  # .5
-    answer("second", (0.0, 0.5, 0.5), passage=(9, 20), mass=0.25, status="low_mass"),  # 1.5
-    answer("third", (0.25, 0.0, 0.75), passage=(20, 31)),  # 1.5
-    answer("fourth", (0.0, 1.0, 0.0), passage=(31, 40)),  # 1
-]
+
+def passages() -> list[Judgment]:
+    """Scores .5, 1.5, 1.5 and 1. Made anew each time: other tests count the judgments that are alive."""
+    return [
+        answer("first", (0.5, 0.5, 0.0), passage=(0, 9)),  # .5
+        answer("second", (0.0, 0.5, 0.5), passage=(9, 20), mass=0.25, status="low_mass"),  # 1.5
+        answer("third", (0.25, 0.0, 0.75), passage=(20, 31)),  # 1.5
+        answer("fourth", (0.0, 1.0, 0.0), passage=(31, 40)),  # 1
+    ]
 
 
 def test_the_best_passage_speaks_for_the_document_and_the_earliest_of_equals() -> None:
-    for order in permutations(PASSAGES):
+    for order in permutations(passages()):
         found = best_passage(order, 1, SCALE)
         assert found == replace(
-            PASSAGES[1], num_passages=4, num_prompt_tokens=40, num_completion_tokens=12, num_unreadable=0
+            passages()[1], num_passages=4, num_prompt_tokens=40, num_completion_tokens=12, num_unreadable=0
         )
 
 
 def test_the_mean_of_the_two_best_by_hand() -> None:
     # Of the second and third: (0 + .25) / 2, (.5 + 0) / 2, (.5 + .75) / 2, and masses (.25 + 1) / 2.
-    for order in permutations(PASSAGES):
+    for order in permutations(passages()):
         found = best_passage(order, 2, SCALE)
         assert (found.score, found.probs, found.label) == (1.5, (0.125, 0.25, 0.625), "2")
         assert (found.explanation, found.passage, found.num_passages) == ("second", (9, 20), 4)
         assert (found.label_mass, found.status) == (0.625, "low_mass")  # of the passage that is shown
-    found = best_passage([PASSAGES[0], PASSAGES[3]], 2, SCALE)
+    found = best_passage([passages()[0], passages()[3]], 2, SCALE)
     assert (found.score, found.explanation, found.passage) == (0.75, "fourth", (31, 40))
 
 
 def test_unreadable_passages_do_not_sink_a_document() -> None:
-    mixed = [unread("unparsed", passage=(0, 9)), unread("error", "busy", passage=(9, 20)), PASSAGES[3]]
+    mixed = [unread("unparsed", passage=(0, 9)), unread("error", "busy", passage=(9, 20)), passages()[3]]
     for num_best in (1, 2):
         found = best_passage(mixed, num_best, SCALE)
         assert (found.score, found.passage, found.status, found.error) == (1.0, (31, 40), "ok", "busy")
@@ -193,7 +196,7 @@ def test_samples_of_passages() -> None:
 
 
 def test_a_single_answer_is_returned_as_it_is() -> None:
-    for one in (PASSAGES[1], unread("unparsed"), unread("error")):
+    for one in (passages()[1], unread("unparsed"), unread("error")):
         assert mean_of_samples([one], SCALE) is one
         assert best_passage([one], 2, SCALE) is one
 
