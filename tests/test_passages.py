@@ -129,6 +129,20 @@ def test_windows_of_real_pages(shared_data: Path, tokenizers: list[ChatTokens]) 
     assert num_windows > 400  # of 40 pages with 9,000 characters on average, 800 to a window
 
 
+class HeavierTogether:
+    """A token per character, and one more wherever a sentence follows another in the same text."""
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        joints = [place for place in range(1, len(text)) if text[place - 2 : place] == "! "]
+        return sorted([*((place, place + 1) for place in range(len(text))), *((place, place) for place in joints)])
+
+
+def test_sentences_that_weigh_more_together_still_fit() -> None:
+    # Three sentences weigh 9 apart and 11 together; four 12 and 15. The last has two characters.
+    found = windows(SHORT, 12, HeavierTogether(), num_overlap_sentences=0)
+    assert found == [(0, 9), (9, 18), (18, 23)]
+
+
 @pytest.mark.parametrize("max_tokens", [0, -1])
 def test_windows_need_room(max_tokens: int) -> None:
     with pytest.raises(InputError, match="at least 1 to make passages of, found"):
