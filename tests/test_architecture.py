@@ -20,9 +20,10 @@ HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "matplotlib", "ji
 # From the ground up. A part imports from lower lines only, never from another part of its own line; a part is a module
 # or a whole package, and the longest name that fits decides.
 LAYERS = (
-    ("errors", "records", "progress", "label_lines", "generators", "generators.labels"),
+    ("errors", "records", "progress", "label_lines", "sentences", "generators", "generators.labels"),
     ("store", "generators.explanations"),
     ("template", "datasets", "search"),
+    ("passages", "combining"),
     ("checkpoint", "judging", "ranking", "evaluation"),
     ("generators.hf", "generators.endpoint", "generators.chat_wire", "generators.scripted", "generators.overlap"),
     ("generators.vllm",),
@@ -45,7 +46,6 @@ NOT_OFFERED = {
     "generators.overlap": {"content_words"},
     "ranking": {"impute"},
     "rerank": {"read_document"},
-    "template": {"cut_end"},
     "training.distill": {"answer_loss"},
 }
 

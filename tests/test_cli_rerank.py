@@ -173,6 +173,7 @@ def test_manifests_tell_everything_that_was_chosen_and_counted() -> None:
         "skip_bad": True,
     }
     more_chosen = {"top_k": 1, "field": {"text": "text"}, "fuse": "rrf", "on_unparsed": "first_stage"}
+    more_chosen |= {"num_samples": 1, "passages": None}
     assert labelled["config"] == {**shared, "instruction": None}
     assert reranked["config"] == {**labelled["config"], **more_chosen, "instruction": "Be strict."}
     names = ("num_queries", "num_excluded", "num_bad_lines", "num_without_text", "num_new")
@@ -237,6 +238,10 @@ def test_one_query_as_json_with_documents_from_standard_input() -> None:
                 "status": "ok",
                 "error": None,
                 "passage": "Light\nyellow leaves on a plant",
+                "passage_span": [0, 30],
+                "num_passages": 1,
+                "num_samples": 1,
+                "num_unreadable": 0,
                 "first_stage_rank": 2,
             }
         ],

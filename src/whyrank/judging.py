@@ -1,7 +1,8 @@
 """From pairs to judgments: the one loop under labelling, reranking and serving.
 
 A pair is rendered, generated and read; what could not be read stays visible as `unparsed` or `error` and never
-becomes a number. `judge_into` keeps the judgments in a growing file and picks up where it was killed.
+becomes a number. One pair may take several requests, for samples and for passages, whose answers are combined.
+`judge_into` keeps the judgments in a growing file and picks up where it was killed.
 """
 
 from __future__ import annotations
@@ -14,28 +15,52 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+from whyrank.combining import LEAST_LABEL_MASS, best_passage, mean_of_samples, sample_seed
 from whyrank.errors import GenerationError, InputError
-from whyrank.generators import Completion, Generator, Sampling
+from whyrank.generators import Completion, Generator, Request, Sampling
+from whyrank.passages import Passages, choose, windows
 from whyrank.records import JUDGED_STATUSES, Document, Judgment, Mode, Query, Status
 from whyrank.store import JsonlAppender, content_key
-from whyrank.template import Rendered, Template
+from whyrank.template import Rendered, Template, cut_end
 
-__all__ = ["Judge", "JudgingCounts", "judge_into"]
+__all__ = ["Judge", "JudgingCounts", "check_samples", "judge_into"]
 
 log = logging.getLogger("whyrank")
+OF_COMBINED = ("num_answers", "num_unread_answers", "num_by_passages", "num_passages", "num_failed")
 MOST_UNPARSED = 0.01  # share of unreadable judgments up to which a job counts as done
 
-LEAST_LABEL_MASS = 0.5  # below it the model was not answering the question; status `low_mass`
+
+def check_samples(num_samples: int, temperature: float) -> None:
+    """Find out before a model is loaded whether its judgments can be drawn so.
+
+    Raises:
+        InputError: a value is out of its range, or several samples would all be the same.
+    """
+    if num_samples < 1:
+        raise InputError(f"expected num_samples of at least 1, found {num_samples}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InputError(f"expected a temperature of at least 0, found {temperature}")
+    if num_samples > 1 and temperature == 0:
+        raise InputError(
+            f"{num_samples} samples drawn at temperature 0 would all be the same: give a temperature above 0, such as "
+            "0.7"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
     """A template and a generator that judge pairs in one mode.
 
-    `sampling` defaults to greedy with the template's explanation cap; `instruction` replaces the template's task.
+    `sampling` defaults to greedy with the template's explanation cap; `instruction` replaces the template's task. With
+    `num_samples` above 1 a judgment is the mean of so many drawn ones (`combining.mean_of_samples`); with `passages`
+    a document over the template's cap is judged by passages instead of being cut (`combining.best_passage`).
+
+    Raises:
+        InputError: an unknown mode, or a `num_samples` that is not positive or goes without a temperature.
     """
 
     template: Template
@@ -43,16 +68,28 @@ class Judge:
     mode: Mode = "explain"
     sampling: Sampling | None = None
     instruction: str | None = None
+    num_samples: int = 1
+    passages: Passages | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise InputError(f"expected mode among {', '.join(get_args(Mode))}, found {self.mode!r}")
+        check_samples(self.num_samples, self.sampling.temperature if self.sampling else 0.0)
 
     def key(self, query: Query, document: Document) -> str:
         """Content address of a judgment: everything that can change it, and nothing else."""
         drawn = self.sampling or Sampling(max_tokens=self.template.limits.max_explanation_tokens)
-        how = json.dumps([self.mode, asdict(drawn), self.instruction], sort_keys=True)
-        return content_key(self.template.version, self.generator.name, how, query.text, document.full_text)
+        how: list[Any] = [self.mode, asdict(drawn), self.instruction]
+        if self.num_samples > 1:
+            how.append({"num_samples": self.num_samples})
+        if self.passages and self._is_long(document):
+            how.append({"passages": asdict(self.passages)})
+        made = json.dumps(how, sort_keys=True)
+        return content_key(self.template.version, self.generator.name, made, query.text, document.full_text)
+
+    def _is_long(self, document: Document) -> bool:
+        text = document.full_text
+        return cut_end(text, self.template.limits.max_document_tokens, self.generator.tokens) < len(text)
 
     def judge(self, pairs: Iterable[tuple[Query, Document]]) -> Iterator[tuple[int, Judgment]]:
         """Yield `(index of the pair, judgment)` as soon as each is ready, in any order. `pairs` is read as a stream.
@@ -62,27 +99,26 @@ class Judge:
         Raises:
             GenerationError: the generator ended without answering every request.
         """
-        under_way: dict[int, tuple[Query, Document, Rendered]] = {}
+        under_way: dict[int, tuple[_Asked, int, int]] = {}  # by request: the pair, the passage and the sample
 
-        def requests() -> Iterator[tuple[int, Rendered]]:
+        def requests() -> Iterator[Request]:
+            number = 0
             for index, (query, document) in enumerate(pairs):
-                rendered = self.template.render(
-                    query.text,
-                    document.full_text,
-                    self.generator.tokens,
-                    mode=self.mode,
-                    sampling=self.sampling,
-                    instruction=self.instruction,
-                )
-                under_way[index] = (query, document, rendered)
-                yield index, rendered
+                asked = self._ask(index, query, document)
+                # Samples of a passage side by side: some backends read what they have in common once.
+                for passage, sample in product(range(len(asked.passages)), range(self.num_samples)):
+                    under_way[number] = (asked, passage, sample)
+                    number += 1
+                    yield _drawn(asked.passages[passage].request, sample)
 
         cut_queries: set[str] = set()
-        for index, completion in self.generator.generate(rendered.request for _, rendered in requests()):
-            query, document, rendered = under_way.pop(index)
-            if rendered.is_query_cut:
-                cut_queries.add(query.query_id)
-            yield index, self._read(query, document, rendered, completion)
+        for number, completion in self.generator.generate(requests()):
+            asked, passage, sample = under_way.pop(number)
+            if asked.passages[passage].is_query_cut:
+                cut_queries.add(asked.query.query_id)
+            asked.answers[passage, sample] = self._read(asked, asked.passages[passage], completion)
+            if len(asked.answers) == len(asked.passages) * self.num_samples:
+                yield asked.index, self._combine(asked)
         if cut_queries:
             log.warning(
                 "%d queries were cut to max_query_tokens (%d) of template %s",
@@ -93,11 +129,51 @@ class Judge:
         if under_way:
             raise GenerationError(f"{self.generator.name} gave no completion for {len(under_way)} of its requests")
 
-    def _read(self, query: Query, document: Document, rendered: Rendered, completion: Completion) -> Judgment:
+    def _ask(self, index: int, query: Query, document: Document) -> _Asked:
+        text, tokens = document.full_text, self.generator.tokens
+        spans = kept = [(0, len(text))]
+        if self.passages:
+            num_overlap = self.passages.num_overlap_sentences
+            most = self.template.limits.max_document_tokens
+            spans = windows(text, most, tokens, num_overlap_sentences=num_overlap)
+            kept = choose(query.text, text, spans, self.passages.max_passages)
+        rendered = [
+            self.template.render(
+                query.text,
+                text[start:end],
+                tokens,
+                mode=self.mode,
+                sampling=self.sampling,
+                instruction=self.instruction,
+            )
+            for start, end in kept
+        ]
+        shown = tuple(
+            replace(found, passage=(start, start + found.passage[1]))
+            for (start, _), found in zip(kept, rendered, strict=True)
+        )
+        is_cut = len(kept) < len(spans) or any(found.is_document_cut for found in shown)
+        return _Asked(index, query, document, self.key(query, document), shown, is_cut)
+
+    def _combine(self, asked: _Asked) -> Judgment:
+        answers, asked.answers = asked.answers, {}  # they go with this call, not with the next pair
+        scale = self.template.scale
+        passages = [
+            mean_of_samples([answers[passage, sample] for sample in range(self.num_samples)], scale)
+            for passage in range(len(asked.passages))
+        ]
+        return best_passage(passages, self.passages.num_best if self.passages else 1, scale)
+
+    def _read(self, asked: _Asked, rendered: Rendered, completion: Completion) -> Judgment:
+        if self.num_samples > 1 and self.mode == "direct" and completion.label_probs is not None:
+            raise InputError(
+                f"{self.generator.name} gives the whole label distribution at once in mode direct, and all "
+                f"{self.num_samples} samples would be the same: leave num_samples out, or choose mode explain"
+            )
         blank = Judgment(
-            key=self.key(query, document),
-            query_id=query.query_id,
-            doc_id=document.doc_id,
+            key=asked.key,
+            query_id=asked.query.query_id,
+            doc_id=asked.document.doc_id,
             status="error",
             mode=self.mode,
             label=None,
@@ -106,7 +182,7 @@ class Judge:
             label_mass=None,
             explanation="",
             passage=rendered.passage,
-            is_document_cut=rendered.is_document_cut,
+            is_document_cut=asked.is_document_cut,
             is_query_cut=rendered.is_query_cut,
             num_prompt_tokens=completion.num_prompt_tokens,
             num_completion_tokens=completion.num_completion_tokens,
@@ -147,8 +223,33 @@ class Judge:
 
 
 @dataclass(slots=True)
+class _Asked:
+    """A pair on its way: what is shown of it, and the answers that have come, by passage and sample."""
+
+    index: int
+    query: Query
+    document: Document
+    key: str
+    passages: tuple[Rendered, ...]
+    is_document_cut: bool
+    answers: dict[tuple[int, int], Judgment] = field(default_factory=dict)
+
+
+def _drawn(request: Request, number: int) -> Request:
+    """The request for one sample, counted from 0."""
+    if number == 0:
+        return request
+    seed = sample_seed(request.sampling.seed, number)
+    return replace(request, sampling=replace(request.sampling, seed=seed))
+
+
+@dataclass(slots=True)
 class JudgingCounts:
-    """What a judging job did. `num_known` judgments were found on disk, `num_new` were made now."""
+    """What a judging job did. `num_known` judgments were found on disk, `num_new` were made now.
+
+    `num_answers` counts the requests behind the judgments; it and `num_unread_answers` differ from the numbers of
+    judgments where samples or passages were combined. `num_failed` counts the judgments of which a request failed.
+    """
 
     num_known: int = 0
     num_new: int = 0
@@ -158,6 +259,11 @@ class JudgingCounts:
     num_queries_cut: int = 0
     num_documents_cut: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
+    num_answers: int = 0
+    num_unread_answers: int = 0
+    num_by_passages: int = 0
+    num_passages: int = 0
+    num_failed: int = 0
 
     @property
     def num_judgments(self) -> int:
@@ -171,14 +277,24 @@ class JudgingCounts:
 
     @property
     def is_partial(self) -> bool:
-        """Whether requests failed, or more than `MOST_UNPARSED` of the judgments could not be read."""
-        return bool(self.statuses["error"]) or self.num_unreadable > MOST_UNPARSED * self.num_judgments
+        """Whether requests failed, or more than `MOST_UNPARSED` of the judgments or answers could not be read."""
+        return (
+            bool(self.num_failed)
+            or self.num_unreadable > MOST_UNPARSED * self.num_judgments
+            or self.num_unread_answers > MOST_UNPARSED * self.num_answers
+        )
 
     def add(self, judgment: Judgment, *, is_new: bool) -> None:
         """Count one judgment; tokens only where they were spent now."""
         self.statuses[judgment.status] += 1
         self.num_queries_cut += judgment.is_query_cut
         self.num_documents_cut += judgment.is_document_cut
+        self.num_answers += judgment.num_answers
+        self.num_unread_answers += judgment.num_unread_answers
+        self.num_failed += judgment.error is not None
+        if judgment.num_passages > 1:
+            self.num_by_passages += 1
+            self.num_passages += judgment.num_passages
         if is_new:
             self.num_new += 1
             self.num_prompt_tokens += judgment.num_prompt_tokens
@@ -187,8 +303,9 @@ class JudgingCounts:
             self.num_known += 1
 
     def to_counts(self) -> dict[str, int]:
-        """Plain numbers for a manifest."""
-        plain = {name: int(getattr(self, name)) for name in self.__slots__ if name != "statuses"}
+        """Plain numbers for a manifest; those of combined answers only where there are any."""
+        left_out = {"statuses", *(() if self.num_answers > self.num_judgments else OF_COMBINED)}
+        plain = {name: int(getattr(self, name)) for name in self.__slots__ if name not in left_out}
         return {**plain, **{f"num_{status}": count for status, count in sorted(self.statuses.items())}}
 
 
@@ -197,7 +314,7 @@ def judge_into(
 ) -> Iterator[Judgment]:
     """Judge every pair that `path` does not hold yet, append each judgment as it comes, and yield all of them.
 
-    Judgments already in the file come first. Failed ones (`error`) are dropped and tried again; a pair whose texts
+    Judgments already in the file come first. Those with failed requests are dropped and tried again; a pair whose texts
     have been judged under other ids by the time its turn comes is copied, not computed; a pair that comes twice is
     judged and yielded once. After a kill nothing is lost and nothing doubled. Judgments are read and written one by
     one: memory holds those that the generator is at work on, however many pairs there are.
@@ -296,7 +413,7 @@ class _Ledger:
     def append(self, judgment: Judgment) -> None:
         """Append to the file; the first time, failed judgments are dropped from it."""
         if self._has_failed:  # only now: a job that is refused must leave the file as it is
-            self._appender.rewrite(kept for kept in self._appender.existing() if kept.status != "error")
+            self._appender.rewrite(kept for kept in self._appender.existing() if kept.error is None)
             self._read_places()
         self._add(judgment, self._appender.append(judgment))
 
@@ -308,7 +425,7 @@ class _Ledger:
         self._has_failed = False
         self._tables.execute("DELETE FROM held")
         for place, judgment in self._appender.existing_places():
-            if judgment.status == "error":
+            if judgment.error is not None:
                 self._has_failed = True
             else:
                 self._add(judgment, place)

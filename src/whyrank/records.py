@@ -6,8 +6,8 @@ only, knows nothing about files (see `store`) and is compared by value. Ids are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
@@ -22,7 +22,10 @@ __all__ = [
     "Relation",
     "ScoredDocument",
     "Status",
+    "to_plain",
 ]
+
+LEFT_OUT_AT_DEFAULT = {"is_left_out_at_default": True}  # so that files written before the field was there stay the same
 
 Mode = Literal["explain", "direct"]
 """How a pair is judged: reason first and then label, or label at once."""
@@ -121,6 +124,10 @@ class Judgment:
     unrestricted probability of all labels together. `passage` is the character span `[start, end)` of the
     document's full text that the model was shown. `label` and `score` are `None` if and only if the status is
     `unparsed` or `error`; then `unreadable` keeps the raw answer and `error` the exception, apart.
+
+    A judgment may be combined from several answers: `num_samples` drawn for each of `num_passages` passages, of which
+    `num_unreadable` could not be read. `passage` is then the winning one, tokens are summed, and `error` keeps the
+    first exception even where other answers gave a label. These three stand in files only where they are not 1, 1, 0.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -144,3 +151,26 @@ class Judgment:
     model: str
     unreadable: str | None = None
     error: str | None = None
+    num_samples: int = field(default=1, metadata=LEFT_OUT_AT_DEFAULT)
+    num_passages: int = field(default=1, metadata=LEFT_OUT_AT_DEFAULT)
+    num_unreadable: int = field(default=0, metadata=LEFT_OUT_AT_DEFAULT)
+
+    @property
+    def num_answers(self) -> int:
+        """How many answers it was made from."""
+        return self.num_samples * self.num_passages
+
+    @property
+    def num_unread_answers(self) -> int:
+        """How many of them could not be read; of a single answer, its status tells."""
+        return max(self.num_unreadable, int(self.score is None))
+
+
+def to_plain(record: Any) -> dict[str, Any]:
+    """Any dataclass as the plain values that files hold, without fields that are left out at their default."""
+    left_out = {
+        entry.name
+        for entry in fields(record)
+        if entry.metadata.get("is_left_out_at_default") and getattr(record, entry.name) == entry.default
+    }
+    return {name: value for name, value in asdict(record).items() if name not in left_out}

@@ -18,7 +18,8 @@ from typing import get_args, overload
 from whyrank.errors import InputError
 from whyrank.generators import Generator, Sampling
 from whyrank.generators.opening import ModelOptions, open_model
-from whyrank.judging import Judge
+from whyrank.judging import Judge, check_samples
+from whyrank.passages import LongDocuments, Passages, passages_of
 from whyrank.ranking import Fuse, OnUnparsed, order, parse_fuse
 from whyrank.records import Document, Judgment, Mode, Query, ScoredDocument, Status
 from whyrank.template import Template
@@ -37,7 +38,8 @@ class Ranked:
     """One document in its new place.
 
     `score` is the model's expected label, `None` where no label could be read; `rank_score` orders the list.
-    `passage` is the text that the model was shown. Ranks start at 1.
+    `passage` is the text that the model was shown, of a document judged by passages the winning one
+    (`judgment.num_passages` says how many there were). Ranks start at 1.
     """
 
     id: str
@@ -104,6 +106,9 @@ class Reranker:
         fuse: str = "none",
         on_unparsed: OnUnparsed = "first_stage",
         max_explanation_tokens: int | None = None,
+        temperature: float = 0.0,
+        num_samples: int = 1,
+        long_documents: LongDocuments | Passages = "cut",
         options: ModelOptions = ModelOptions(),
     ) -> Reranker:
         """Load a model by name.
@@ -117,17 +122,33 @@ class Reranker:
             fuse: `none`, `rrf`, `zscore:w` or `minmax:w`; w is the reranker's weight.
             on_unparsed: what a pair without a readable label does to the order.
             max_explanation_tokens: overrides the template's cap.
+            temperature: how explanations are drawn; 0 is greedy.
+            num_samples: judgments drawn for each pair; the score is their mean. More than 1 needs a temperature.
+            long_documents: `cut` shows the model the beginning of a document over the template's cap; `passages`, or
+                a `Passages` with settings, judges it by passages.
             options: device, dtype, batch size, concurrency.
 
         Raises:
-            WhyrankError: see `open_model`.
+            WhyrankError: see `open_model` and `Judge`.
         """
+        passages = passages_of(long_documents)
+        check_samples(num_samples, temperature)
         asked = template if isinstance(template, Template) or template is None else Template.load(template)
         generator, settled = open_model(model, template=asked, mode=mode, options=options)
         if max_explanation_tokens is not None:
             limits = replace(settled.limits, max_explanation_tokens=max_explanation_tokens)
             settled = replace(settled, limits=limits)
-        return cls.of(settled, generator, mode=mode, instruction=instruction, fuse=fuse, on_unparsed=on_unparsed)
+        return cls.of(
+            settled,
+            generator,
+            mode=mode,
+            sampling=Sampling(temperature, settled.limits.max_explanation_tokens) if temperature else None,
+            instruction=instruction,
+            fuse=fuse,
+            on_unparsed=on_unparsed,
+            num_samples=num_samples,
+            passages=passages,
+        )
 
     @classmethod
     def of(
@@ -140,9 +161,11 @@ class Reranker:
         instruction: str | None = None,
         fuse: str = "none",
         on_unparsed: OnUnparsed = "first_stage",
+        num_samples: int = 1,
+        passages: Passages | None = None,
     ) -> Reranker:
         """Build from a template and any generator."""
-        judge = Judge(template, generator, mode=mode, sampling=sampling, instruction=instruction)
+        judge = Judge(template, generator, mode, sampling, instruction, num_samples, passages)
         return cls(judge, parse_fuse(fuse), on_unparsed)
 
     def rank(

@@ -31,6 +31,7 @@ from typing import Any, BinaryIO, Generic, Self, TextIO, TypeVar, cast
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from whyrank.errors import InputError
+from whyrank.records import to_plain
 
 __all__ = [
     "BadLines",
@@ -192,13 +193,12 @@ def to_json(record: Any) -> str:
     Raises:
         ValueError: a number is NaN or infinite, or a text holds a lone surrogate.
     """
-    line = _json_line(record)
-    line.encode()  # a lone surrogate is refused here, and not when half of an artefact is written
+    (line := _json_line(record)).encode()  # refuses a lone surrogate now, not when half of an artefact is written
     return line
 
 
 def _json_line(record: Any) -> str:
-    return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return json.dumps(to_plain(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @contextmanager

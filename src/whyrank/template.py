@@ -32,7 +32,7 @@ from whyrank.label_lines import LabelLines
 from whyrank.records import Mode
 from whyrank.store import LONE_SURROGATE, content_key
 
-__all__ = ["Answer", "AnswerWords", "Limits", "PromptWords", "Rendered", "Scale", "Template"]
+__all__ = ["Answer", "AnswerWords", "Limits", "PromptWords", "Rendered", "Scale", "Template", "cut_end"]
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 CHARACTERS_PER_TOKEN_AT_MOST = 32  # a longer text is cut by characters before it is tokenised (5 MB documents)

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from whyrank.cli.documents import read_documents
 from whyrank.cli.options import (
     MODEL,
+    PASSAGES,
     BatchSize,
     Concurrency,
     Corpus,
@@ -25,18 +26,24 @@ from whyrank.cli.options import (
     Json,
     Limit,
     Logprobs,
+    LongDocumentsOption,
     MaxExplanationTokens,
+    MaxPassages,
     MaxRetries,
     Memory,
     ModeOption,
+    NumSamples,
+    PassageScoreOption,
     Queries,
     SkipBad,
+    Temperature,
     TemplateOption,
     Timeout,
     as_usage_error,
     console,
     existing,
     model_options,
+    passage_options,
     print_json,
     require_files,
     resumable,
@@ -47,6 +54,7 @@ from whyrank.demo.config import DemoConfig
 from whyrank.errors import require
 from whyrank.generators import Sampling
 from whyrank.generators.opening import DEFAULT_TEMPLATE, ModelOptions
+from whyrank.judging import check_samples
 from whyrank.progress import Progress
 from whyrank.ranking import OnUnparsed, parse_fuse
 from whyrank.records import Document, Judgment, Mode
@@ -243,6 +251,11 @@ def rerank(
     template: TemplateOption = None,
     instruction: Instruction = None,
     max_explanation_tokens: MaxExplanationTokens = None,
+    num_samples: NumSamples = 1,
+    temperature: Temperature = 0.0,
+    long_documents: LongDocumentsOption = "cut",
+    passage_score: PassageScoreOption = PASSAGES.score,
+    max_passages: MaxPassages = PASSAGES.max_passages,
     top_k: Annotated[
         int | None,
         typer.Option(
@@ -298,6 +311,9 @@ def rerank(
     manifest = Manifest("rerank", {})
     asked = _template(template)
     options = model_options(context, model)
+    long = passage_options(context)
+    with as_usage_error():
+        check_samples(num_samples, temperature)
     candidates = None
     if run is not None:  # before the model, which may take minutes to load
         candidates = read_candidates(
@@ -318,6 +334,9 @@ def rerank(
         fuse=fuse,
         on_unparsed=on_unparsed,
         max_explanation_tokens=max_explanation_tokens,
+        temperature=temperature,
+        num_samples=num_samples,
+        long_documents=long,
         options=options,
     )
     if query is not None and documents is not None:
@@ -326,6 +345,8 @@ def rerank(
     assert candidates is not None
     assert out is not None
     more: dict[str, JsonValue] = {"fuse": fuse, "on_unparsed": on_unparsed, "top_k": top_k, "limit": limit}
+    passages = asdict(reranker.judge.passages) if reranker.judge.passages else None
+    more |= {"num_samples": num_samples, "passages": passages}
     config = _judge_config(reranker, options, **more, field={**names}, skip_bad=skip_bad)
     manifest = replace(manifest, config=config).with_inputs(run, corpus, queries, excluded)
     with resumable(out / "judgments.jsonl"):
@@ -377,8 +398,8 @@ def _rank_one(
 
         def on_judgment(judgment: Judgment) -> None:
             progress.advance()
-            if judgment.error:
-                errors.append(judgment.error)
+            if judgment.status == "error":
+                errors.append(str(judgment.error))
 
         ranking = reranker.rank(query, documents, top_k=top_k, on_judgment=on_judgment)
     require_answers(len(errors), len(documents), next(iter(errors), None))

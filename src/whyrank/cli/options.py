@@ -20,6 +20,7 @@ from rich.console import Console
 
 from whyrank.errors import InputError
 from whyrank.generators.opening import ModelOptions, options_of
+from whyrank.passages import LongDocuments, Passages, PassageScore
 from whyrank.records import Mode
 from whyrank.search import Bm25Config
 
@@ -38,17 +39,23 @@ __all__ = [
     "Json",
     "Limit",
     "Logprobs",
+    "LongDocumentsOption",
     "MaxExplanationTokens",
+    "MaxPassages",
     "MaxRetries",
     "ModeOption",
+    "NumSamples",
+    "PassageScoreOption",
     "Queries",
     "SkipBad",
+    "Temperature",
     "TemplateOption",
     "Timeout",
     "as_usage_error",
     "console",
     "existing",
     "model_options",
+    "passage_options",
     "print_json",
     "require_files",
     "resumable",
@@ -108,6 +115,16 @@ TemplateOption = Annotated[
 ]
 Instruction = Annotated[str | None, typer.Option(help="Replaces the template's statement of what is relevant.")]
 MaxExplanationTokens = Annotated[int | None, typer.Option(min=1, help="Overrides the template's cap.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="How explanations are drawn; 0 is greedy.")]
+NumSamples = Annotated[
+    int, typer.Option("--samples", min=1, help="Judgments drawn per pair, to be averaged; needs a --temperature.")
+]
+LongDocumentsOption = Annotated[
+    LongDocuments,
+    typer.Option(help="A document over the template's cap: cut judges its beginning, passages all of it in pieces."),
+]
+PassageScoreOption = Annotated[PassageScore, setting(Passages, "score", "--passage-score")]
+MaxPassages = Annotated[int, setting(Passages, "max_passages", minimum=1)]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Device = Annotated[DeviceName, setting(ModelOptions, "device")]
@@ -121,6 +138,7 @@ MaxRetries = Annotated[int, setting(ModelOptions, "max_retries")]
 Logprobs = Annotated[bool, setting(ModelOptions, "has_logprobs", "--logprobs")]
 BM25 = Bm25Config()
 MODEL = ModelOptions()
+PASSAGES = Passages()
 
 
 @contextmanager
@@ -165,6 +183,21 @@ def model_options(context: typer.Context, model: str | None) -> ModelOptions:
             f"{backend} takes {rest}"
         )
     return ModelOptions(**{name: context.params[name] for name in names})
+
+
+def passage_options(context: typer.Context) -> LongDocuments | Passages:
+    """What a verb was given for long documents.
+
+    Raises:
+        typer.BadParameter: an option about passages was given, and documents are cut.
+    """
+    if context.params["long_documents"] == "passages":
+        return Passages(context.params["passage_score"], context.params["max_passages"])
+    given = {"passage_score": "--passage-score", "max_passages": "--max-passages"}
+    idle = [flag for name, flag in given.items() if _is_given(context, name)]
+    if idle:
+        raise typer.BadParameter(f"{', '.join(idle)}: without effect unless --long-documents is passages; give it too")
+    return "cut"
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -7,6 +7,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from whyrank.cli.options import console, print_json
+from whyrank.records import Judgment
 from whyrank.rerank import Ranking
 from whyrank.stages.failures import describe_failures
 from whyrank.stages.rerank import Reranked
@@ -27,6 +28,7 @@ def print_ranking(query: str, ranking: Ranking, *, as_json: bool) -> None:
         score = "no label" if result.score is None else f"score {result.score:.3f}, label {result.label}"
         note = "" if result.status == "ok" else f", {result.status}"
         heading = Text(f"{result.rank}. {result.id}", style="bold")
+        note += _combined(result.judgment)
         heading.append(f"  ({score}{note}; was {result.first_stage_rank})", style="not bold")
         screen.print()
         screen.print(heading)
@@ -39,6 +41,19 @@ def print_ranking(query: str, ranking: Ranking, *, as_json: bool) -> None:
         _print_indented(screen, Text(cut, style="dim"))
     if ranking.num_unreadable:
         screen.print(f"\n{ranking.num_unreadable} of {len(ranking)} answers could not be read")
+
+
+def _combined(judgment: Judgment) -> str:
+    """What a judgment was made from, where that is more than one answer."""
+    start, end = judgment.passage
+    parts = [
+        f", characters {start:,} to {end:,}, best of {judgment.num_passages} passages"
+        if judgment.num_passages > 1
+        else "",
+        f", mean of {judgment.num_samples} samples" if judgment.num_samples > 1 else "",
+        f", {judgment.num_unreadable} of {judgment.num_answers} answers unreadable" if judgment.num_unreadable else "",
+    ]
+    return "".join(parts)
 
 
 def _print_indented(screen: Console, text: Text) -> None:
@@ -59,6 +74,10 @@ def _result(ranking: Ranking, index: int) -> dict[str, object]:
         "status": result.status,
         "error": result.judgment.error,
         "passage": result.passage,
+        "passage_span": result.judgment.passage,
+        "num_passages": result.judgment.num_passages,
+        "num_samples": result.judgment.num_samples,
+        "num_unreadable": result.judgment.num_unread_answers,
         "first_stage_rank": result.first_stage_rank,
     }
 
@@ -77,7 +96,12 @@ def print_reranked(done: Reranked) -> None:
     if counts.num_queries_cut:
         screen.print(f"{counts.num_queries_cut} judgments saw a query that was cut to the template's max_query_tokens")
     if counts.num_documents_cut:
-        screen.print(f"{counts.num_documents_cut} judgments saw a document that was cut to max_document_tokens")
+        cap = "max_passages" if counts.num_by_passages else "max_document_tokens"
+        screen.print(f"{counts.num_documents_cut} judgments saw a document that was cut to {cap}")
+    if counts.num_by_passages:
+        screen.print(f"{counts.num_by_passages} long documents were judged by {counts.num_passages} passages")
+    if counts.num_answers > counts.num_judgments and counts.num_unread_answers:
+        screen.print(f"{counts.num_unread_answers} of the {counts.num_answers} answers behind them could not be read")
     if done.num_excluded:
         screen.print(f"{done.num_excluded} excluded documents were left out")
     if done.num_bad_lines:

@@ -42,8 +42,9 @@ def examples_of(
     """One example per teachable judgment and mode; the others are left out.
 
     The document is cut as it was for the teacher by the template's own limit, so that training and ranking see
-    the same text. With `is_label_first` a direct example ends in its judgment's explanation. With `word_dropout` each
-    example leaves out that share of its words, drawn by `seed` and its place.
+    the same text; of one that was judged by passages, the student reads the winning one. With `is_label_first` a direct
+    example ends in its judgment's explanation. With `word_dropout` each example leaves out that share of its words,
+    drawn by `seed` and its place.
 
     Raises:
         InputError: a judgment's query or document is not given, it was made on another scale, or it has no
@@ -60,7 +61,7 @@ def examples_of(
         for mode in modes:
             rng = Random(f"{seed}/{number}/{mode}")
             asked = _with_dropout(query.text, word_dropout, rng)
-            read = _with_dropout(document.full_text, word_dropout, rng)
+            read = _with_dropout(_taught_text(judgment, document), word_dropout, rng)
             prompt = tokens.prompt_ids(template.render(asked, read, tokens, mode=mode).request)
             written = _written(template, judgment.label, judgment.explanation, mode, is_label_first)
             answer = [*_ids(written, tokens), *sorted(tokens.eos_ids)[:1]]
@@ -86,6 +87,11 @@ def _check(judgment: Judgment, template: Template, needs_why: bool) -> None:
         )
     if judgment.mode == "direct" and needs_why:
         raise InputError(f"{_who(judgment)} was made in direct mode and has no explanation; teach --modes direct")
+
+
+def _taught_text(judgment: Judgment, document: Document) -> str:
+    start, end = judgment.passage
+    return document.full_text[start:end] if judgment.num_passages > 1 else document.full_text
 
 
 def _with_dropout(text: str, share: float, rng: Random) -> str:
