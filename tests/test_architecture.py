@@ -21,11 +21,11 @@ HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "matplotlib", "ji
 # or a whole package, and the longest name that fits decides.
 LAYERS = (
     ("errors", "records", "progress", "label_lines", "generators", "generators.labels"),
-    ("store", "generators.explanations"),
-    ("template", "datasets", "search"),
+    ("store", "generators.explanations", "calibration"),
+    ("template", "datasets", "search", "waves"),
     ("checkpoint", "judging", "ranking", "evaluation"),
     ("generators.hf", "generators.endpoint", "generators.chat_wire", "generators.scripted", "generators.overlap"),
-    ("generators.vllm",),
+    ("generators.vllm", "auto"),
     ("generators.opening",),
     ("rerank",),
     ("mining", "training", "almanac"),

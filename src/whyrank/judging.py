@@ -11,9 +11,10 @@ import logging
 import math
 import sqlite3
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ from whyrank.records import JUDGED_STATUSES, Document, Judgment, Mode, Query, St
 from whyrank.store import JsonlAppender, content_key
 from whyrank.template import Rendered, Template
 
-__all__ = ["Judge", "JudgingCounts", "judge_into"]
+__all__ = ["Judge", "JudgingCounts", "judge_into", "judging_into"]
 
 log = logging.getLogger("whyrank")
 MOST_UNPARSED = 0.01  # share of unreadable judgments up to which a job counts as done
@@ -206,26 +207,46 @@ def judge_into(
         InputError: another process is writing the file, it holds something else than judgments, or it holds a
             judgment of one of the pairs that was made differently; a pair comes twice with different texts.
     """
+    with judging_into(path, counts) as judge_missing:
+        yield from judge_missing(judge, pairs)
+
+
+@contextmanager
+def judging_into(
+    path: Path, counts: JudgingCounts
+) -> Iterator[Callable[[Judge, Iterable[tuple[Query, Document]]], Iterator[Judgment]]]:
+    """Open a growing file for several streams of pairs, one after the other, where a later one depends on what came of
+    those before it. Gives a function of judge and pairs that does with each stream what `judge_into` does with its one.
+
+    Raises:
+        InputError: see `judge_into`.
+    """
     with JsonlAppender(path, Judgment) as appender, closing(_Ledger(appender)) as ledger:
-        counts.num_torn_bytes = appender.num_torn_bytes
-        reused: deque[tuple[str, str]] = deque()
+        counts.num_torn_bytes += appender.num_torn_bytes
+        yield partial(_judge_missing, ledger, counts)
 
-        def missing() -> Iterator[tuple[Query, Document]]:
-            for query, document in pairs:
-                ids, key = (query.query_id, document.doc_id), judge.key(query, document)
-                if not ledger.is_first(ids, key):
-                    continue
-                if ledger.holds(ids, key) or ledger.copy(ids, key):
-                    reused.append(ids)
-                else:
-                    yield query, document
 
-        for _, judgment in judge.judge(missing()):
-            yield from _drain(reused, ledger, counts)
-            ledger.append(judgment)
-            counts.add(judgment, is_new=True)
-            yield judgment
+def _judge_missing(
+    ledger: _Ledger, counts: JudgingCounts, judge: Judge, pairs: Iterable[tuple[Query, Document]]
+) -> Iterator[Judgment]:
+    reused: deque[tuple[str, str]] = deque()
+
+    def missing() -> Iterator[tuple[Query, Document]]:
+        for query, document in pairs:
+            ids, key = (query.query_id, document.doc_id), judge.key(query, document)
+            if not ledger.is_first(ids, key):
+                continue
+            if ledger.holds(ids, key) or ledger.copy(ids, key):
+                reused.append(ids)
+            else:
+                yield query, document
+
+    for _, judgment in judge.judge(missing()):
         yield from _drain(reused, ledger, counts)
+        ledger.append(judgment)
+        counts.add(judgment, is_new=True)
+        yield judgment
+    yield from _drain(reused, ledger, counts)
 
 
 def _drain(reused: deque[tuple[str, str]], ledger: _Ledger, counts: JudgingCounts) -> Iterator[Judgment]:

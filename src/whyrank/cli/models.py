@@ -49,7 +49,7 @@ from whyrank.generators.opening import DEFAULT_TEMPLATE, ModelOptions
 from whyrank.progress import Progress
 from whyrank.ranking import OnUnparsed, parse_fuse
 from whyrank.records import Document, Judgment, Mode
-from whyrank.rerank import Reranker
+from whyrank.rerank import RankingMode, Reranker
 from whyrank.stages import EXIT_OK, EXIT_PARTIAL
 from whyrank.stages.failures import describe_failures, require_answers
 from whyrank.stages.label import label_files, read_pairs
@@ -237,7 +237,19 @@ def rerank(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for run, judgments and manifest.")] = None,
     query: Annotated[str | None, typer.Option(help="Rank for this one query and print the reasons.")] = None,
     documents: Annotated[Path | None, existing("--documents", help="Its documents; - is standard input.")] = None,
-    mode: ModeOption = "explain",
+    mode: Annotated[
+        RankingMode,
+        typer.Option(
+            help="explain: reason, then label; direct: label at once; auto: direct for all, reasons where they can "
+            "change the first places (see whyrank calibrate)."
+        ),
+    ] = "explain",
+    auto_top_k: Annotated[
+        int | None, typer.Option(min=1, help="With --mode auto: how many first places reasons settle; default: 10.")
+    ] = None,
+    max_tokens_per_query: Annotated[
+        int | None, typer.Option(min=0, help="With --mode auto: most tokens to write for a query; default: no limit.")
+    ] = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
     max_explanation_tokens: MaxExplanationTokens = None,
@@ -292,6 +304,8 @@ def rerank(
         needs_scores = parse_fuse(fuse).method in ("zscore", "minmax")
     if is_one and needs_scores:
         raise typer.BadParameter(f"--fuse {fuse} needs the scores of a --run; with --query choose none or rrf")
+    if mode != "auto" and (auto_top_k, max_tokens_per_query) != (None, None):
+        raise typer.BadParameter("--auto-top-k and --max-tokens-per-query go with --mode auto")
     manifest = Manifest("rerank", {})
     asked = _template(template)
     options = model_options(context, model)
@@ -315,6 +329,8 @@ def rerank(
         fuse=fuse,
         on_unparsed=on_unparsed,
         max_explanation_tokens=max_explanation_tokens,
+        auto_top_k=auto_top_k,
+        max_tokens_per_query=max_tokens_per_query,
         options=options,
     )
     if query is not None and documents is not None:
@@ -370,15 +386,19 @@ def _rank_one(
     reranker: Reranker, query: str, documents: Sequence[Document], *, top_k: int | None, as_json: bool
 ) -> NoReturn:
     errors: list[str] = []
-    with Progress(f"judging with {reranker.judge.generator.name}", len(documents)) as progress:
+    num_judgments = 0
+    total = None if reranker.auto else len(documents)
+    with Progress(f"judging with {reranker.judge.generator.name}", total) as progress:
 
         def on_judgment(judgment: Judgment) -> None:
+            nonlocal num_judgments
+            num_judgments += 1
             progress.advance()
             if judgment.error:
                 errors.append(judgment.error)
 
         ranking = reranker.rank(query, documents, top_k=top_k, on_judgment=on_judgment)
-    require_answers(len(errors), len(documents), next(iter(errors), None))
+    require_answers(len(errors), num_judgments, next(iter(errors), None))
     print_ranking(query, ranking, as_json=as_json)
     raise typer.Exit(EXIT_PARTIAL if ranking.num_unreadable else EXIT_OK)
 
@@ -402,7 +422,8 @@ def _judge_config(reranker: Reranker, options: ModelOptions, **more: JsonValue) 
     return {
         "model": judge.generator.name,
         "template": judge.template.version,
-        "mode": judge.mode,
+        "mode": reranker.mode,
+        "auto": None if reranker.auto is None else asdict(reranker.auto),
         "instruction": judge.instruction,
         "limits": asdict(limits),
         "sampling": asdict(sampling),
