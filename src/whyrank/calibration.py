@@ -31,7 +31,8 @@ class Calibration:
     `expected` are mean scores with a reason at the direct scores `knots` (both increasing), linear in between.
     `ceilings` (non-decreasing) hold for direct scores up to and including the `edges` (increasing, the last is the top
     of the scale): of documents with such a direct score, a share of `coverage` (0 to 1) or more got no higher score
-    with their reason. `num_pairs` were judged in both modes by `model`.
+    with their reason. `num_pairs` were judged in both modes by the model whose weights
+    have the digest `weights`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -42,7 +43,7 @@ class Calibration:
     ceilings: tuple[float, ...]
     coverage: float
     num_pairs: int
-    model: str
+    weights: str
 
     def __post_init__(self) -> None:
         is_whole = len(self.knots) == len(self.expected) > 0 and len(self.edges) == len(self.ceilings) > 0
@@ -91,7 +92,7 @@ def fit_calibration(
     *,
     lowest: float,
     highest: float,
-    model: str,
+    weights: str,
     coverage: float = COVERAGE,
     num_bins: int = NUM_BINS,
 ) -> Calibration:
@@ -107,7 +108,7 @@ def fit_calibration(
         scores: `(direct score, score with a reason)` of each pair.
         lowest: the bottom of the scale, which ends the curve of expected scores below.
         highest: its top, which ends it above.
-        model: name of the model that made the scores.
+        weights: digest of the weights of the model that made the scores.
         coverage: share of documents that may be trusted to stay below their ceiling, above 0 and up to 1.
         num_bins: how many bins at most; equal direct scores are never torn apart.
 
@@ -135,7 +136,7 @@ def fit_calibration(
     knots, expected = _growing_curve(means, lowest, highest)
     tops = np.maximum.accumulate(ceilings)
     ends = [*edges[filled[:-1]].tolist(), highest]
-    return Calibration(knots, expected, tuple(ends), tuple(tops.tolist()), coverage, len(scores), model)
+    return Calibration(knots, expected, tuple(ends), tuple(tops.tolist()), coverage, len(scores), weights)
 
 
 def _ceiling(scores: NDArray[np.float64], coverage: float, highest: float) -> float:

@@ -68,7 +68,7 @@ def calibrate(
     check_calibratable(model)
     candidates = read_candidates(run, corpus=corpus, queries=queries, top_k=top_k, limit=limit, skip_bad=skip_bad)
     options = ModelOptions(device=device, dtype=dtype, batch_size=batch_size)
-    judge = Reranker.load(model.resolve(), options=options).judge
+    judge = Reranker.load(model, options=options).judge
     config: dict[str, JsonValue] = {"model": judge.generator.name, "template": judge.template.version}
     config |= {"coverage": coverage, "top_k": top_k, "limit": limit, "options": asdict(options)}
     manifest = replace(manifest, config=config)

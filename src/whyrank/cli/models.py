@@ -423,11 +423,11 @@ def _judge_config(reranker: Reranker, options: ModelOptions, **more: JsonValue) 
         "model": judge.generator.name,
         "template": judge.template.version,
         "mode": reranker.mode,
-        "auto": None if reranker.auto is None else asdict(reranker.auto),
         "instruction": judge.instruction,
         "limits": asdict(limits),
         "sampling": asdict(sampling),
         "options": asdict(options),
+        **({} if reranker.auto is None else {"auto": asdict(reranker.auto)}),
         **more,
     }
 

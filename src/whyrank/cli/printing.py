@@ -75,7 +75,7 @@ def print_reranked(done: Reranked) -> None:
         auto = done.auto
         screen.print(
             f"{auto.num_explained} documents got a reason; {auto.num_tokens / max(1, done.num_queries):.1f} tokens "
-            f"written per query, {auto.most_tokens_per_query} at most; the budget cut {auto.num_cut_short} queries short"
+            f"written per query, {auto.most_tokens_per_query} at most; the budget cut {auto.num_cut_short} short"
         )
     if counts.num_known:
         screen.print(f"{counts.num_known} were there already, {counts.num_new} are new")

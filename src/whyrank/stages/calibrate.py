@@ -97,7 +97,11 @@ def calibrate_files(
         raise InputError(f"none of the {candidates.num_pairs} pairs could be read in both modes; see {out}")
     values = judge.template.scale.values
     calibration = fit_calibration(
-        pairs, lowest=min(values), highest=max(values), model=judge.generator.name, coverage=coverage
+        pairs,
+        lowest=min(values),
+        highest=max(values),
+        weights=judge.generator.name.rpartition("@")[2],
+        coverage=coverage,
     )
     write_card(folder, replace(read_card(folder / CARD_NAME), calibration=calibration))
     num_pairs = len(dict.fromkeys((query.query_id, document.doc_id) for query, document in candidates.pairs()))
