@@ -8,7 +8,7 @@ from typing import Any
 
 from provenance import RESULTS
 
-__all__ = ["code", "demo", "embedded", "explaining", "fairness", "reproduction", "table"]
+__all__ = ["auto", "code", "demo", "embedded", "explaining", "fairness", "reproduction", "table"]
 
 MEASURE = "nDCG@10"
 
@@ -100,6 +100,32 @@ def embedded(what: str, body: str) -> str:
     head = ("test set", "queries", "random", "direct", "explain")
     return table(head, [(name, *(found.get(key, "-") for key in head[1:])) for name, found in cells.items()]) + (
         _provenance(recorded, f"{recorded['num_bytes'] / 1e6:.1f} MB on disk")
+    )
+
+
+def auto(what: str, body: str) -> str:
+    """Mode `auto`: tokens and nDCG@10 by budget, or without one by `places` to be settled, in the case named last."""
+    recorded = _recorded("auto-tradeoff.json")
+    kind, _, name = what.partition(" ")
+    (case,) = (found for found in recorded["cases"] if found["name"] == name)
+    explain = case["explain"]
+    rows: list[tuple[str, ...]] = []
+    for row in case["rows"]:
+        if (row["budget"] is None) != (kind == "places") and not (row["budget"] is None and row["top_k"] == 10):
+            continue
+        first = str(row["top_k"]) if kind == "places" else "none" if row["budget"] is None else str(row["budget"])
+        spared = f"{explain['tokens'] / row['tokens']:.1f}x" if row["tokens"] else "-"
+        loss = _with_interval(row["loss"], row["loss_interval"])
+        figures = (f"{row['tokens']:.0f}", spared, f"{row['explained']:.1f}", f"{row[MEASURE]:.3f}", loss)
+        rows.append((first, *figures))
+    rows.append(
+        ("`explain`", f"{explain['tokens']:.0f}", "1.0x", f"{case['num_candidates']}.0", f"{explain[MEASURE]:.3f}", "0")
+    )
+    direct = case["direct"][MEASURE]
+    rows.append(("`direct`", "0", "-", "0", f"{direct:.3f}", f"{explain[MEASURE] - direct:.3f}"))
+    head = ("places" if kind == "places" else "budget", "tokens per query", "fewer", "reasons per query", MEASURE)
+    return table((*head, "loss against `explain` [95 % interval]"), rows) + _provenance(
+        recorded, f"{case['num_queries']} queries"
     )
 
 
