@@ -5,7 +5,7 @@
 Every pair is judged once in both modes; then the waves of `auto` are run on these judgments for several budgets. Two
 cases: the shipped model on the almanac's own lists, in which every candidate is near the query's subject; and a student
 of three domains on lists in which most candidates are off the subject, as a first stage's often are. The student is
-trained here, for about ten minutes.
+trained here, in about ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ DOMAINS = ("houseplants", "bicycle", "bread")
 NUM_STRANGERS = 72  # with the 24 of the almanac, lists of 96
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # budgets, as shares of what explaining all takes
 TOP_KS = (1, 3, 5, 10)
+TOLERANCES = (0.0, 0.1, 0.25, 0.5)
 MODES: tuple[Mode, ...] = ("direct", "explain")
 Found = Mapping[Mode, Mapping[tuple[str, str], Judgment]]
 
@@ -74,8 +75,8 @@ def main(work: Path, *, as_json: bool) -> None:
         for row in case["rows"]:
             low, high = row["loss_interval"]
             sys.stdout.write(
-                f"  top {row['top_k']:<3}budget {row['budget']!s:<6}{row['tokens']:>8.0f} tokens{row[MEASURE]:>8.3f}"
-                f"   loss {row['loss']:+.3f} [{low:+.3f}, {high:+.3f}]\n"
+                f"  top {row['top_k']:<3}tolerance {row['tolerance']:<5}budget {row['budget']!s:<6}"
+                f"{row['tokens']:>8.0f} tokens{row[MEASURE]:>8.3f}   loss {row['loss']:+.3f} [{low:+.3f}, {high:+.3f}]\n"
             )
 
 
@@ -94,22 +95,22 @@ def _off_subject(work: Path) -> Case:
 
 
 def _teach(work: Path, student: Path) -> None:
-    """First labels alone, which the few label tokens among many of an explanation would take long to teach."""
+    """First labels alone: beside the many tokens of explanations, those of labels take long to learn. Then both modes,
+    with more of the irrelevant documents that are near the subject."""
     if (student / CARD_NAME).is_file():
         return
     own = build("train", 2500, domains=DOMAINS)
     mixed = with_strangers(own, 5)
-    taught = list(mixed_judgments(own, mixed, TEMPLATE, num_irrelevant=1, num_strangers=5))
     queries = {query.query_id: query for query in mixed.queries}
     documents = {document.doc_id: document for document in mixed.documents}
 
-    def learn(out: Path, config: DistillConfig) -> None:
+    def learn(out: Path, num_irrelevant: int, config: DistillConfig) -> None:
+        taught = list(mixed_judgments(own, mixed, TEMPLATE, num_irrelevant=num_irrelevant, num_strangers=5))
         distill(taught, queries, documents, TEMPLATE, out, replace(config, num_threads=1, save_every=100))
 
     first = work / "direct-first"
-    learn(first, replace(RECIPE, model=str(EMBEDDED_MODEL), modes=("direct",), num_steps=500))
-    both: tuple[Mode, ...] = ("explain", "direct")
-    learn(student, replace(RECIPE, model=str(first), modes=both, num_steps=150, learning_rate=2e-3))
+    learn(first, 1, replace(RECIPE, model=str(EMBEDDED_MODEL), modes=("direct",), num_steps=500))
+    learn(student, 5, replace(RECIPE, model=str(first), modes=("explain", "direct"), num_steps=400))
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------
@@ -127,7 +128,8 @@ def _measure(case: Case, work: Path) -> dict[str, Any]:
     }
     tokens = _per_query(case.test, {ids: j.num_completion_tokens for ids, j in found["explain"].items()})
     budgets = [round(share * fmean(tokens)) for share in SHARES]
-    settings = [Auto(calibration, 10, budget) for budget in budgets] + [Auto(calibration, k) for k in TOP_KS]
+    settings = [Auto(calibration, 10, budget) for budget in budgets]
+    settings += [Auto(calibration, top_k, tolerance=tolerance) for top_k in TOP_KS for tolerance in TOLERANCES]
     rows = [_simulate(case.test, judge, auto, found, whole["explain"]) for auto in settings]
     num_candidates = {len(doc_ids) for doc_ids in case.test.candidates.values()}
     return {
@@ -171,6 +173,7 @@ def _simulate(
     return {
         "top_k": auto.top_k,
         "budget": auto.max_tokens_per_query,
+        "tolerance": auto.tolerance,
         "tokens": fmean(outcome.num_tokens for outcome in judged.values()),
         "most_tokens": max(outcome.num_tokens for outcome in judged.values()),
         "explained": fmean(outcome.num_explained for outcome in judged.values()),
@@ -220,7 +223,9 @@ def _draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, len(cases), figsize=(9, 3.4), sharey=True, layout="constrained")
     for panel, case in zip(panels, cases, strict=True):
-        rows = sorted((row for row in case["rows"] if row["top_k"] == 10), key=lambda row: row["tokens"])
+        budgeted = [row for row in case["rows"] if row["top_k"] == 10 and row["tolerance"] == 0.0]
+        free = [row for row in case["rows"] if row["top_k"] == 10 and row["tolerance"] > 0]
+        rows = sorted(budgeted, key=lambda row: row["tokens"])
         bars = [
             [row[MEASURE] - row["interval"][0] for row in rows],
             [row["interval"][1] - row[MEASURE] for row in rows],
@@ -228,6 +233,7 @@ def _draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.errorbar(
             [r["tokens"] for r in rows], [r[MEASURE] for r in rows], bars, marker="o", capsize=2, label="auto"
         )
+        panel.plot([r["tokens"] for r in free], [r[MEASURE] for r in free], "D", label="auto, by tolerance")
         panel.plot(case["explain"]["tokens"], case["explain"][MEASURE], "s", label="explain")
         panel.plot(0, case["direct"][MEASURE], "^", label="direct")
         panel.set_title(f"{case['name']}, {case['num_candidates']} candidates", fontsize=10)

@@ -104,29 +104,23 @@ def embedded(what: str, body: str) -> str:
 
 
 def auto(what: str, body: str) -> str:
-    """Mode `auto`: tokens and nDCG@10 by budget, or without one by `places` to be settled, in the case named last."""
+    """Mode `auto` in the case that `what` ends with: for several `budgets`, or for several `places` without one."""
     recorded = _recorded("auto-tradeoff.json")
     kind, _, name = what.partition(" ")
     (case,) = (found for found in recorded["cases"] if found["name"] == name)
-    explain = case["explain"]
+    explain, direct = case["explain"], case["direct"]
     rows: list[tuple[str, ...]] = []
     for row in case["rows"]:
-        if (row["budget"] is None) != (kind == "places") and not (row["budget"] is None and row["top_k"] == 10):
-            continue
-        first = str(row["top_k"]) if kind == "places" else "none" if row["budget"] is None else str(row["budget"])
-        spared = f"{explain['tokens'] / row['tokens']:.1f}x" if row["tokens"] else "-"
-        loss = _with_interval(row["loss"], row["loss_interval"])
-        figures = (f"{row['tokens']:.0f}", spared, f"{row['explained']:.1f}", f"{row[MEASURE]:.3f}", loss)
-        rows.append((first, *figures))
-    rows.append(
-        ("`explain`", f"{explain['tokens']:.0f}", "1.0x", f"{case['num_candidates']}.0", f"{explain[MEASURE]:.3f}", "0")
-    )
-    direct = case["direct"][MEASURE]
-    rows.append(("`direct`", "0", "-", "0", f"{direct:.3f}", f"{explain[MEASURE] - direct:.3f}"))
-    head = ("places" if kind == "places" else "budget", "tokens per query", "fewer", "reasons per query", MEASURE)
-    return table((*head, "loss against `explain` [95 % interval]"), rows) + _provenance(
-        recorded, f"{case['num_queries']} queries"
-    )
+        if (row["budget"] is None) == (kind == "places"):
+            first = (str(row["top_k"]), f"{row['tolerance']:g}") if kind == "places" else (str(row["budget"]),)
+            fewer = f"{explain['tokens'] / row['tokens']:.1f}x" if row["tokens"] else "-"
+            loss = _with_interval(row["loss"], row["loss_interval"])
+            rows.append((*first, f"{row['tokens']:.0f}", fewer, f"{row['explained']:.1f}", f"{row[MEASURE]:.3f}", loss))
+    head = ("places", "tolerance") if kind == "places" else ("budget",)
+    head = (*head, "tokens per query", "fewer", "reasons per query", MEASURE, "loss against `explain` [95 % interval]")
+    ends = (f"`explain` {explain[MEASURE]:.3f} with {explain['tokens']:.0f} tokens", f"`direct` {direct[MEASURE]:.3f}")
+    queries = f"{case['num_queries']} queries with {case['num_candidates']} candidates"
+    return table(head, rows) + _provenance(recorded, queries, *ends)
 
 
 def _recorded(name: str) -> dict[str, Any]:

@@ -82,18 +82,23 @@ def test_a_run_in_mode_auto_is_the_python_call_on_disk(
     calibrated: Path, collection: tuple[str, ...], tmp_path: Path
 ) -> None:
     words = ("rerank", *collection, "--model", str(calibrated), "--mode", "auto", "--auto-top-k", "2")
-    words += ("--max-tokens-per-query", "30", "--device", "cpu", "-o", str(tmp_path))
+    words += ("--max-tokens-per-query", "30", "--auto-tolerance", "0.01", "--device", "cpu", "-o", str(tmp_path))
     done = run(*words)
     assert done.exit_code == 0, done.output
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     config, counts = manifest["config"], manifest["counts"]
-    assert (config["mode"], config["auto"]["top_k"], config["auto"]["max_tokens_per_query"]) == ("auto", 2, 30)
+    assert config["mode"] == "auto"
+    assert {name: config["auto"][name] for name in ("top_k", "max_tokens_per_query", "tolerance")} == {
+        "top_k": 2,
+        "max_tokens_per_query": 30,
+        "tolerance": 0.01,
+    }
     assert counts["most_tokens_per_query"] <= 30
     assert 2 * NUM_QUERIES <= counts["num_explained"] <= 5 * NUM_QUERIES
     assert f"{counts['num_explained']} documents got a reason" in done.output
     explained = scores(tmp_path / "judgments.jsonl")
     assert len(explained) == counts["num_explained"]
-    reranker = Reranker.load(calibrated, mode="auto", auto_top_k=2, max_tokens_per_query=30)
+    reranker = Reranker.load(calibrated, mode="auto", auto_top_k=2, auto_tolerance=0.01, max_tokens_per_query=30)
     documents = [json.loads(line) for line in Path(collection[3]).read_text().splitlines()]
     ranked = read_run(tmp_path / "run.trec")
     for line in Path(collection[5]).read_text().splitlines():

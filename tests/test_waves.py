@@ -55,6 +55,12 @@ def test_waves_by_hand() -> None:
     assert settle(waves, [1.1, 0.2, 0.6, 1.3, 0.5]) == [[3, 0]]
 
 
+def test_a_tolerance_by_hand() -> None:
+    """As above; with a tolerance of .4 the candidates without a reason can reach .6, so that c's .6 settles it."""
+    waves = Waves([1.1, 0.3, 0.9, 1.2, 0.8], Auto(STEPS, top_k=2, tolerance=0.4), tokens_per_reason=64)
+    assert settle(waves, [0.4, 0.2, 0.61, 1.3, 0.5]) == [[3, 0], [2]]
+
+
 def test_what_could_not_be_read() -> None:
     """A direct answer without a label has no ceiling and is asked first; a reason without one holds no place, so that
     the next candidate is asked in its stead."""
@@ -83,6 +89,8 @@ def test_a_wave_is_cut_to_what_the_budget_can_pay_whatever_it_takes() -> None:
     [
         ({"top_k": 0}, "auto_top_k of at least 1, found 0"),
         ({"max_tokens_per_query": -1}, "max_tokens_per_query of at least 0, found -1"),
+        ({"tolerance": -0.5}, "auto_tolerance of at least 0, found -0.5"),
+        ({"tolerance": math.nan}, "auto_tolerance of at least 0, found nan"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(changes: dict[str, int], message: str) -> None:
@@ -113,6 +121,20 @@ def test_the_first_places_are_those_of_explaining_everything(candidates: list[tu
     asked = set(chain.from_iterable(settle(waves, list(explained))))
     assert final(direct, explained, asked)[:top_k] == ordered(explained)[:top_k]
     assert set(ordered(explained)[:top_k]) <= asked
+
+
+@given(CANDIDATES, st.integers(1, 8), GRID)
+def test_what_is_left_out_is_better_by_no_more_than_the_tolerance(
+    candidates: list[tuple[float, float]], top_k: int, tolerance: float
+) -> None:
+    direct, explained = bounded(candidates)
+    waves = Waves(direct, Auto(STEPS, top_k, tolerance=tolerance), tokens_per_reason=64)
+    asked = set(chain.from_iterable(settle(waves, list(explained))))
+    assert len(asked) >= min(top_k, len(direct))
+    last = sorted((explained[index] for index in asked), reverse=True)[:top_k][-1]
+    assert all(explained[index] <= last + tolerance for index in range(len(direct)) if index not in asked)
+    exact = Waves(direct, Auto(STEPS, top_k), tokens_per_reason=64)
+    assert asked <= set(chain.from_iterable(settle(exact, list(explained))))
 
 
 @given(CANDIDATES, st.integers(1, 3))

@@ -128,6 +128,7 @@ class Reranker:
         on_unparsed: OnUnparsed = "first_stage",
         max_explanation_tokens: int | None = None,
         auto_top_k: int | None = None,
+        auto_tolerance: float | None = None,
         max_tokens_per_query: int | None = None,
         options: ModelOptions = ModelOptions(),
     ) -> Reranker:
@@ -143,6 +144,8 @@ class Reranker:
             on_unparsed: what a pair without a readable label does to the order.
             max_explanation_tokens: overrides the template's cap.
             auto_top_k: with `auto`, how many first places reasons have to settle; 10 by default.
+            auto_tolerance: with `auto`, by how much a document must be able to exceed the last of these places to be
+                worth a reason, in units of the scale; 0 by default.
             max_tokens_per_query: with `auto`, most tokens to be written for one query; by default as many as it takes.
             options: device, dtype, batch size, concurrency.
 
@@ -153,9 +156,11 @@ class Reranker:
         auto = None
         if mode == "auto":
             top_k = AUTO_TOP_K if auto_top_k is None else auto_top_k
-            auto = Auto(calibration_of(model), top_k, max_tokens_per_query)
-        elif (auto_top_k, max_tokens_per_query) != (None, None):
-            raise InputError(f"auto_top_k and max_tokens_per_query belong to mode auto, found mode {mode}")
+            auto = Auto(calibration_of(model), top_k, max_tokens_per_query, auto_tolerance or 0.0)
+        elif (auto_top_k, auto_tolerance, max_tokens_per_query) != (None, None, None):
+            raise InputError(
+                f"auto_top_k, auto_tolerance and max_tokens_per_query belong to mode auto, found mode {mode}"
+            )
         judged: Mode = "explain" if mode == "auto" else mode
         asked = template if isinstance(template, Template) or template is None else Template.load(template)
         generator, settled = open_model(model, template=asked, mode=judged, options=options)

@@ -10,7 +10,9 @@ and the first k of them are looked at:
 
 So if no reason lifts a score above its ceiling, the first k places, and their order, are those of explaining every
 candidate; and no set of reasons that leaves one of ours out could have told so (Chang & Hwang, "Minimal probing",
-SIGMOD 2002, prove both for expensive predicates). With a budget, the waves are cut short, best first.
+SIGMOD 2002, prove both for expensive predicates). With a tolerance, all ceilings are that much lower: what is left out
+can then be better than the last of the first k by no more than the tolerance. With a budget, the waves are cut short,
+best first.
 """
 
 from __future__ import annotations
@@ -30,18 +32,22 @@ class Auto:
     """What mode `auto` is told: reasons for whatever can change the first `top_k` places, within a budget.
 
     `max_tokens_per_query` bounds the tokens that the model writes for one query, direct answers included; `None` is
-    without a bound.
+    without a bound. `tolerance`, in units of the template's scale, is by how much a document must be able to exceed the
+    last of these places to be worth a reason.
     """
 
     calibration: Calibration
     top_k: int = 10
     max_tokens_per_query: int | None = None
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise InputError(f"expected auto_top_k of at least 1, found {self.top_k}")
         if self.max_tokens_per_query is not None and self.max_tokens_per_query < 0:
             raise InputError(f"expected max_tokens_per_query of at least 0, found {self.max_tokens_per_query}")
+        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise InputError(f"expected auto_tolerance of at least 0, found {self.tolerance}")
 
 
 def next_wave(ceilings: Sequence[float], explained: Sequence[float | None], top_k: int) -> list[int]:
@@ -84,7 +90,7 @@ class Waves:
         self._tokens_per_reason = tokens_per_reason
         # Within a step of the ceiling the higher direct score goes first, so that a budget is spent on the likelier.
         self._best_first = sorted(range(len(direct)), key=lambda index: (-_or_infinite(direct[index]), index))
-        ceilings = [math.inf if score is None else auto.calibration.ceiling(score) for score in direct]
+        ceilings = [math.inf if score is None else auto.calibration.ceiling(score) - auto.tolerance for score in direct]
         self._ceilings = [ceilings[index] for index in self._best_first]
         self._explained: list[float | None] = [None] * len(direct)
         self._place = {index: place for place, index in enumerate(self._best_first)}

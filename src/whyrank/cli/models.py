@@ -13,6 +13,8 @@ from pydantic import JsonValue
 from whyrank.cli.documents import read_documents
 from whyrank.cli.options import (
     MODEL,
+    AutoTolerance,
+    AutoTopK,
     BatchSize,
     Concurrency,
     Corpus,
@@ -27,8 +29,10 @@ from whyrank.cli.options import (
     Logprobs,
     MaxExplanationTokens,
     MaxRetries,
+    MaxTokensPerQuery,
     ModeOption,
     Queries,
+    RankingModeOption,
     SkipBad,
     TemplateOption,
     Timeout,
@@ -49,7 +53,7 @@ from whyrank.generators.opening import DEFAULT_TEMPLATE, ModelOptions
 from whyrank.progress import Progress
 from whyrank.ranking import OnUnparsed, parse_fuse
 from whyrank.records import Document, Judgment, Mode
-from whyrank.rerank import RankingMode, Reranker
+from whyrank.rerank import Reranker
 from whyrank.stages import EXIT_OK, EXIT_PARTIAL
 from whyrank.stages.failures import describe_failures, require_answers
 from whyrank.stages.label import label_files, read_pairs
@@ -237,19 +241,10 @@ def rerank(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for run, judgments and manifest.")] = None,
     query: Annotated[str | None, typer.Option(help="Rank for this one query and print the reasons.")] = None,
     documents: Annotated[Path | None, existing("--documents", help="Its documents; - is standard input.")] = None,
-    mode: Annotated[
-        RankingMode,
-        typer.Option(
-            help="explain: reason, then label; direct: label at once; auto: direct for all, reasons where they can "
-            "change the first places (see whyrank calibrate)."
-        ),
-    ] = "explain",
-    auto_top_k: Annotated[
-        int | None, typer.Option(min=1, help="With --mode auto: how many first places reasons settle; default: 10.")
-    ] = None,
-    max_tokens_per_query: Annotated[
-        int | None, typer.Option(min=0, help="With --mode auto: most tokens to write for a query; default: no limit.")
-    ] = None,
+    mode: RankingModeOption = "explain",
+    auto_top_k: AutoTopK = None,
+    auto_tolerance: AutoTolerance = None,
+    max_tokens_per_query: MaxTokensPerQuery = None,
     template: TemplateOption = None,
     instruction: Instruction = None,
     max_explanation_tokens: MaxExplanationTokens = None,
@@ -304,8 +299,8 @@ def rerank(
         needs_scores = parse_fuse(fuse).method in ("zscore", "minmax")
     if is_one and needs_scores:
         raise typer.BadParameter(f"--fuse {fuse} needs the scores of a --run; with --query choose none or rrf")
-    if mode != "auto" and (auto_top_k, max_tokens_per_query) != (None, None):
-        raise typer.BadParameter("--auto-top-k and --max-tokens-per-query go with --mode auto")
+    if mode != "auto" and (auto_top_k, auto_tolerance, max_tokens_per_query) != (None, None, None):
+        raise typer.BadParameter("--auto-top-k, --auto-tolerance and --max-tokens-per-query go with --mode auto")
     manifest = Manifest("rerank", {})
     asked = _template(template)
     options = model_options(context, model)
@@ -330,6 +325,7 @@ def rerank(
         on_unparsed=on_unparsed,
         max_explanation_tokens=max_explanation_tokens,
         auto_top_k=auto_top_k,
+        auto_tolerance=auto_tolerance,
         max_tokens_per_query=max_tokens_per_query,
         options=options,
     )
