@@ -76,7 +76,8 @@ def main(work: Path, *, as_json: bool) -> None:
             low, high = row["loss_interval"]
             sys.stdout.write(
                 f"  top {row['top_k']:<3}tolerance {row['tolerance']:<5}budget {row['budget']!s:<6}"
-                f"{row['tokens']:>8.0f} tokens{row[MEASURE]:>8.3f}   loss {row['loss']:+.3f} [{low:+.3f}, {high:+.3f}]\n"
+                f"{row['tokens']:>8.0f} tokens{row[MEASURE]:>8.3f}"
+                f"   loss {row['loss']:+.3f} [{low:+.3f}, {high:+.3f}]\n"
             )
 
 
@@ -91,7 +92,7 @@ def _off_subject(work: Path) -> Case:
     if read_card(student / CARD_NAME).calibration is None:
         judge = Judge(TEMPLATE, loaded(student))
         calibrate_files(candidates_of(dev), judge, student, work / "calibration", Manifest("calibrate", {}))
-    return Case("mostly off subject", student, with_strangers(build("test", 96, 1, DOMAINS), NUM_STRANGERS))
+    return Case("mostly off subject", student, with_strangers(build("test", 72, 1, DOMAINS), NUM_STRANGERS))
 
 
 def _teach(work: Path, student: Path) -> None:
