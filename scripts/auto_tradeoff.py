@@ -43,7 +43,7 @@ DOMAINS = ("houseplants", "bicycle", "bread")
 NUM_STRANGERS = 72  # with the 24 of the almanac, lists of 96
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # budgets, as shares of what explaining all takes
 TOP_KS = (1, 3, 5, 10)
-TOLERANCES = (0.0, 0.1, 0.25, 0.5)
+TOLERANCES = (0.0, 0.25)
 MODES: tuple[Mode, ...] = ("direct", "explain")
 Found = Mapping[Mode, Mapping[tuple[str, str], Judgment]]
 
