@@ -203,6 +203,7 @@ GENERATORS: Mapping[str, Callable[[str, str], str]] = {
     "explaining": tables.explaining,
     "fairness": tables.fairness,
     "embedded": tables.embedded,
+    "auto": tables.auto,
 }
 MARKED = re.compile(
     rf"(?P<begin><!-- (?P<kind>{'|'.join(GENERATORS)})(?:: (?P<what>[^\n]+?))? -->\n)"

@@ -8,7 +8,7 @@ from typing import Any
 
 from provenance import RESULTS
 
-__all__ = ["code", "demo", "embedded", "explaining", "fairness", "reproduction", "table"]
+__all__ = ["auto", "code", "demo", "embedded", "explaining", "fairness", "reproduction", "table"]
 
 MEASURE = "nDCG@10"
 
@@ -101,6 +101,26 @@ def embedded(what: str, body: str) -> str:
     return table(head, [(name, *(found.get(key, "-") for key in head[1:])) for name, found in cells.items()]) + (
         _provenance(recorded, f"{recorded['num_bytes'] / 1e6:.1f} MB on disk")
     )
+
+
+def auto(what: str, body: str) -> str:
+    """Mode `auto` in the case that `what` ends with: for several `budgets`, or for several `places` without one."""
+    recorded = _recorded("auto-tradeoff.json")
+    kind, _, name = what.partition(" ")
+    (case,) = (found for found in recorded["cases"] if found["name"] == name)
+    explain, direct = case["explain"], case["direct"]
+    rows: list[tuple[str, ...]] = []
+    for row in case["rows"]:
+        if (row["budget"] is None) == (kind == "places"):
+            first = (str(row["top_k"]), f"{row['tolerance']:g}") if kind == "places" else (str(row["budget"]),)
+            fewer = f"{explain['tokens'] / row['tokens']:.1f}x" if row["tokens"] else "-"
+            loss = _with_interval(row["loss"], row["loss_interval"])
+            rows.append((*first, f"{row['tokens']:.0f}", fewer, f"{row['explained']:.1f}", f"{row[MEASURE]:.3f}", loss))
+    head = ("places", "tolerance") if kind == "places" else ("budget",)
+    head = (*head, "tokens per query", "fewer", "reasons per query", MEASURE, "loss against `explain` [95 % interval]")
+    ends = (f"`explain` {explain[MEASURE]:.3f} with {explain['tokens']:.0f} tokens", f"`direct` {direct[MEASURE]:.3f}")
+    queries = f"{case['num_queries']} queries with {case['num_candidates']} candidates"
+    return table(head, rows) + _provenance(recorded, queries, *ends)
 
 
 def _recorded(name: str) -> dict[str, Any]:

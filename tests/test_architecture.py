@@ -21,12 +21,12 @@ HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "matplotlib", "ji
 # or a whole package, and the longest name that fits decides.
 LAYERS = (
     ("errors", "records", "progress", "label_lines", "sentences", "generators", "generators.labels"),
-    ("store", "generators.explanations"),
-    ("template", "datasets", "search"),
-    ("passages", "combining"),
+    ("store", "generators.explanations", "calibration"),
+    ("template", "datasets", "search", "waves"),
+    ("passages", "combining", "ledger", "documents"),
     ("checkpoint", "judging", "ranking", "evaluation"),
     ("generators.hf", "generators.endpoint", "generators.chat_wire", "generators.scripted", "generators.overlap"),
-    ("generators.vllm",),
+    ("generators.vllm", "auto"),
     ("generators.opening",),
     ("rerank",),
     ("mining", "training", "almanac"),
@@ -45,7 +45,6 @@ NOT_OFFERED = {
     "datasets.formats": {"no_repeated_keys"},
     "generators.overlap": {"content_words"},
     "ranking": {"impute"},
-    "rerank": {"read_document"},
     "training.distill": {"answer_loss"},
 }
 

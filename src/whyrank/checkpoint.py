@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from whyrank.calibration import Calibration, calibration_from_dict
 from whyrank.errors import InputError, TemplateMismatch
 from whyrank.records import Mode
 from whyrank.store import atomic_path, read_json
@@ -24,13 +25,15 @@ class Card:
     """The card of a checkpoint.
 
     `label_tokens` maps each label text to its token ids at training time, so that a tokenizer that changed on the
-    way is noticed. `training` is free-form provenance.
+    way is noticed. `training` is free-form provenance. `calibration`, which mode `auto` rests on, is measured after
+    training; a card may be without one.
     """
 
     template: Template
     modes: tuple[Mode, ...] = ("explain",)
     label_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def check(self, *, mode: Mode, template: Template | None, label_tokens: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse to run the checkpoint in a way it was not trained for.
@@ -54,6 +57,18 @@ class Card:
                 f"{dict(self.label_tokens)}; restore the tokenizer that was saved with the checkpoint"
             )
 
+    def check_both_modes(self) -> None:
+        """Refuse a checkpoint that lacks one of the modes that `auto` is made of.
+
+        Raises:
+            TemplateMismatch: it was trained for one mode only.
+        """
+        if set(self.modes) != set(get_args(Mode)):
+            raise TemplateMismatch(
+                f"--mode auto needs a checkpoint that was trained for {' and '.join(get_args(Mode))} (whyrank distill "
+                f"--modes explain,direct); this one was trained for {' and '.join(self.modes)}"
+            )
+
 
 def write_card(folder: Path | str, card: Card) -> None:
     """Write `whyrank.json` into a checkpoint folder."""
@@ -65,6 +80,8 @@ def write_card(folder: Path | str, card: Card) -> None:
         "label_tokens": {label: list(ids) for label, ids in card.label_tokens.items()},
         "training": dict(card.training),
     }
+    if card.calibration is not None:  # without one, the card is what it has always been
+        data["calibration"] = card.calibration.to_dict()
     with atomic_path(Path(folder) / CARD_NAME) as temporary:
         temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -85,6 +102,7 @@ def read_card(path: Path | str) -> Card:
             modes=tuple(data["modes"]),
             label_tokens={label: tuple(ids) for label, ids in data["label_tokens"].items()},
             training=data["training"],
+            calibration=calibration_from_dict(data["calibration"], where=str(path)) if "calibration" in data else None,
         )
         version = data["template_version"]
     except (KeyError, TypeError, AttributeError) as cause:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sqlite3
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -22,12 +22,13 @@ from typing import Any, get_args
 from whyrank.combining import LEAST_LABEL_MASS, best_passage, mean_of_samples, sample_seed
 from whyrank.errors import GenerationError, InputError
 from whyrank.generators import Completion, Generator, Request, Sampling
+from whyrank.ledger import Ledger
 from whyrank.passages import Passages, choose, windows
 from whyrank.records import JUDGED_STATUSES, Document, Judgment, Mode, Query, Status
 from whyrank.store import JsonlAppender, content_key
 from whyrank.template import Rendered, Template, cut_end
 
-__all__ = ["Judge", "JudgingCounts", "check_samples", "judge_into"]
+__all__ = ["Judge", "JudgingCounts", "check_samples", "judge_into", "judging_into"]
 
 log = logging.getLogger("whyrank")
 OF_COMBINED = ("num_answers", "num_unread_answers", "num_by_passages", "num_passages", "num_failed")
@@ -323,117 +324,50 @@ def judge_into(
         InputError: another process is writing the file, it holds something else than judgments, or it holds a
             judgment of one of the pairs that was made differently; a pair comes twice with different texts.
     """
-    with JsonlAppender(path, Judgment) as appender, closing(_Ledger(appender)) as ledger:
-        counts.num_torn_bytes = appender.num_torn_bytes
-        reused: deque[tuple[str, str]] = deque()
+    with judging_into(path, counts) as judge_missing:
+        yield from judge_missing(judge, pairs)
 
-        def missing() -> Iterator[tuple[Query, Document]]:
-            for query, document in pairs:
-                ids, key = (query.query_id, document.doc_id), judge.key(query, document)
-                if not ledger.is_first(ids, key):
-                    continue
-                if ledger.holds(ids, key) or ledger.copy(ids, key):
-                    reused.append(ids)
-                else:
-                    yield query, document
 
-        for _, judgment in judge.judge(missing()):
-            yield from _drain(reused, ledger, counts)
-            ledger.append(judgment)
-            counts.add(judgment, is_new=True)
-            yield judgment
+@contextmanager
+def judging_into(
+    path: Path, counts: JudgingCounts
+) -> Iterator[Callable[[Judge, Iterable[tuple[Query, Document]]], Iterator[Judgment]]]:
+    """Open a growing file for several streams of pairs, one after the other, where a later one depends on what came of
+    those before it. Gives a function of judge and pairs that does with each stream what `judge_into` does with its one.
+
+    Raises:
+        InputError: see `judge_into`.
+    """
+    with JsonlAppender(path, Judgment) as appender, closing(Ledger(appender)) as ledger:
+        counts.num_torn_bytes += appender.num_torn_bytes
+        yield partial(_judge_missing, ledger, counts)
+
+
+def _judge_missing(
+    ledger: Ledger, counts: JudgingCounts, judge: Judge, pairs: Iterable[tuple[Query, Document]]
+) -> Iterator[Judgment]:
+    reused: deque[tuple[str, str]] = deque()
+
+    def missing() -> Iterator[tuple[Query, Document]]:
+        for query, document in pairs:
+            ids, key = (query.query_id, document.doc_id), judge.key(query, document)
+            if not ledger.is_first(ids, key):
+                continue
+            if ledger.holds(ids, key) or ledger.copy(ids, key):
+                reused.append(ids)
+            else:
+                yield query, document
+
+    for _, judgment in judge.judge(missing()):
         yield from _drain(reused, ledger, counts)
+        ledger.append(judgment)
+        counts.add(judgment, is_new=True)
+        yield judgment
+    yield from _drain(reused, ledger, counts)
 
 
-def _drain(reused: deque[tuple[str, str]], ledger: _Ledger, counts: JudgingCounts) -> Iterator[Judgment]:
+def _drain(reused: deque[tuple[str, str]], ledger: Ledger, counts: JudgingCounts) -> Iterator[Judgment]:
     while reused:
         judgment = ledger.read(reused.popleft())
         counts.add(judgment, is_new=False)
         yield judgment
-
-
-class _Ledger:
-    """Which pairs have come, and where in the growing file the judgments lie.
-
-    Kept in a temporary database of SQLite's, which grows on disk and goes with the process: a dictionary over a million
-    pairs takes hundreds of megabytes.
-    """
-
-    def __init__(self, appender: JsonlAppender[Judgment]) -> None:
-        self._appender = appender
-        self._has_failed = False
-        self._tables = sqlite3.connect("", isolation_level=None)
-        self._tables.execute("PRAGMA journal_mode = OFF")
-        self._tables.execute("CREATE TABLE came (ids TEXT PRIMARY KEY, key TEXT) WITHOUT ROWID")
-        self._tables.execute("CREATE TABLE held (ids TEXT PRIMARY KEY, key TEXT, place INTEGER) WITHOUT ROWID")
-        self._tables.execute("CREATE INDEX by_key ON held (key)")
-        self._read_places()
-
-    def close(self) -> None:
-        """Give the temporary database back."""
-        self._tables.close()
-
-    def is_first(self, ids: tuple[str, str], key: str) -> bool:
-        """Note that a pair has come; whether it had not before.
-
-        Raises:
-            InputError: it had, with other texts.
-        """
-        before = self._one("SELECT key FROM came WHERE ids = ?", content_key(*ids))
-        if before is None:
-            self._tables.execute("INSERT INTO came VALUES (?, ?)", (content_key(*ids), key))
-        elif before != key:
-            raise InputError(f"the pair {ids} comes twice, with different texts")
-        return before is None
-
-    def holds(self, ids: tuple[str, str], key: str) -> bool:
-        """Whether the file holds a judgment of the pair.
-
-        Raises:
-            InputError: it holds one that was made differently.
-        """
-        found = self._one("SELECT key FROM held WHERE ids = ?", content_key(*ids))
-        if found is not None and found != key:
-            here = self.read(ids)
-            raise InputError(
-                f"{self._appender.path} holds a judgment of ({here.query_id}, {here.doc_id}) by {here.model} with "
-                f"{here.template} in mode {here.mode}, made from another text, model, template, mode, sampling or "
-                "instruction; choose another output folder"
-            )
-        return found is not None
-
-    def copy(self, ids: tuple[str, str], key: str) -> bool:
-        """Append the judgment of another pair with the same texts under these ids; whether there is one."""
-        place = self._one("SELECT place FROM held WHERE key = ? ORDER BY place DESC LIMIT 1", key)
-        if place is not None:
-            query_id, doc_id = ids
-            self.append(replace(self._appender.record_at(place), query_id=query_id, doc_id=doc_id))
-        return place is not None
-
-    def append(self, judgment: Judgment) -> None:
-        """Append to the file; the first time, failed judgments are dropped from it."""
-        if self._has_failed:  # only now: a job that is refused must leave the file as it is
-            self._appender.rewrite(kept for kept in self._appender.existing() if kept.error is None)
-            self._read_places()
-        self._add(judgment, self._appender.append(judgment))
-
-    def read(self, ids: tuple[str, str]) -> Judgment:
-        """The judgment of a pair, from the file."""
-        return self._appender.record_at(self._one("SELECT place FROM held WHERE ids = ?", content_key(*ids)))
-
-    def _read_places(self) -> None:
-        self._has_failed = False
-        self._tables.execute("DELETE FROM held")
-        for place, judgment in self._appender.existing_places():
-            if judgment.error is not None:
-                self._has_failed = True
-            else:
-                self._add(judgment, place)
-
-    def _add(self, judgment: Judgment, place: int) -> None:
-        ids = content_key(judgment.query_id, judgment.doc_id)
-        self._tables.execute("INSERT OR REPLACE INTO held VALUES (?, ?, ?)", (ids, judgment.key, place))
-
-    def _one(self, question: str, value: str) -> Any:
-        found = self._tables.execute(question, (value,)).fetchone()
-        return None if found is None else found[0]

@@ -22,9 +22,12 @@ from whyrank.errors import InputError
 from whyrank.generators.opening import ModelOptions, options_of
 from whyrank.passages import LongDocuments, Passages, PassageScore
 from whyrank.records import Mode
+from whyrank.rerank import RankingMode
 from whyrank.search import Bm25Config
 
 __all__ = [
+    "AutoTolerance",
+    "AutoTopK",
     "BatchSize",
     "Concurrency",
     "Corpus",
@@ -43,10 +46,12 @@ __all__ = [
     "MaxExplanationTokens",
     "MaxPassages",
     "MaxRetries",
+    "MaxTokensPerQuery",
     "ModeOption",
     "NumSamples",
     "PassageScoreOption",
     "Queries",
+    "RankingModeOption",
     "SkipBad",
     "Temperature",
     "TemplateOption",
@@ -110,6 +115,27 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many, 
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count malformed lines and pass over them.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 ModeOption = Annotated[Mode, typer.Option(help="explain: reason, then label; direct: label at once.")]
+RankingModeOption = Annotated[
+    RankingMode,
+    typer.Option(
+        help="explain: reason, then label; direct: label at once; auto: direct for all, reasons where they can change "
+        "the first places (see whyrank calibrate)."
+    ),
+]
+AutoTopK = Annotated[
+    int | None, typer.Option(min=1, help="With --mode auto: how many first places reasons settle; default: 10.")
+]
+AutoTolerance = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="With --mode auto: by how much, in label units, a document must be able to exceed the last of these "
+        "places to be worth a reason; default: 0.",
+    ),
+]
+MaxTokensPerQuery = Annotated[
+    int | None, typer.Option(min=0, help="With --mode auto: most tokens to write for a query; default: no limit.")
+]
 TemplateOption = Annotated[
     str | None, typer.Option(help="Name or TOML file; a checkpoint trained by whyrank brings its own.")
 ]

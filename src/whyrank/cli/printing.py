@@ -71,6 +71,7 @@ def _result(ranking: Ranking, index: int) -> dict[str, object]:
         "label": result.label,
         "probs": result.judgment.probs,
         "explanation": result.explanation,
+        "is_explained": result.is_explained,
         "status": result.status,
         "error": result.judgment.error,
         "passage": result.passage,
@@ -89,6 +90,12 @@ def print_reranked(done: Reranked) -> None:
     screen.print(f"{done.num_queries} queries, {counts.num_judgments} judgments ({statuses})")
     if done.first_error:
         screen.print(describe_failures(counts.statuses["error"], done.first_error))
+    if done.auto is not None:
+        auto = done.auto
+        screen.print(
+            f"{auto.num_explained} documents got a reason; {auto.num_tokens / max(1, done.num_queries):.1f} tokens "
+            f"written per query, {auto.most_tokens_per_query} at most; the budget cut {auto.num_cut_short} short"
+        )
     if counts.num_known:
         screen.print(f"{counts.num_known} were there already, {counts.num_new} are new")
     if counts.num_torn_bytes:

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+from whyrank.calibration import Calibration
 from whyrank.checkpoint import CARD_NAME, Card, read_card
 from whyrank.errors import InputError, require
 from whyrank.generators import Generator
@@ -18,7 +19,7 @@ from whyrank.records import Mode
 from whyrank.store import sha256_file
 from whyrank.template import Template
 
-__all__ = ["DEFAULT_TEMPLATE", "EMBEDDED_MODEL", "ModelOptions", "open_model", "options_of"]
+__all__ = ["DEFAULT_TEMPLATE", "EMBEDDED_MODEL", "ModelOptions", "calibration_of", "open_model", "options_of"]
 
 DEFAULT_TEMPLATE = "explain-0-2"
 EMBEDDED_MODEL = Path(str(files("whyrank") / "almanac" / "model"))
@@ -136,6 +137,33 @@ def open_model(
     if _is_path(str(spec)) and not Path(spec).expanduser().is_dir():
         raise InputError(f"expected a folder with a checkpoint at {spec}, found nothing")
     return _open_hf(Path(spec).expanduser() if _is_path(str(spec)) else spec, template, mode, options, name=str(spec))
+
+
+def calibration_of(spec: str | Path | None) -> Calibration:
+    """What mode `auto` rests on, from the card of the checkpoint that `open_model` would load.
+
+    Raises:
+        InputError: there is no such folder, or no calibration in it.
+        MissingExtra: the backend is not installed.
+        TemplateMismatch: the checkpoint was not trained for both modes.
+    """
+    backend, _ = options_of(spec)
+    place = str(EMBEDDED_MODEL if spec is None else spec).removeprefix("vllm:")
+    if _is_path(place) and not Path(place).expanduser().is_dir():
+        raise InputError(f"expected a folder with a checkpoint at {place}, found nothing")
+    card = None
+    if backend in ("hf", "vllm"):
+        require("transformers", backend)
+        card = _find_card(Path(place).expanduser() if _is_path(place) else place, is_template_given=False)
+    if card is not None:
+        card.check_both_modes()
+    if card is None or card.calibration is None:
+        what = f"the {CARD_NAME} of {place} has none" if card else f"{place} has no {CARD_NAME}, where it is kept"
+        raise InputError(
+            f"--mode auto rests on a calibration, and {what}; make one for a checkpoint of whyrank distill: whyrank "
+            "calibrate --model FOLDER --run RUN --corpus DOCUMENTS --queries QUERIES -o OUT"
+        )
+    return card.calibration
 
 
 def _is_path(spec: str) -> bool:

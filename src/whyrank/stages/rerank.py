@@ -10,19 +10,23 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from whyrank.auto import AutoCounts, in_chunks, judge_in_waves
 from whyrank.datasets import Run, read_corpus, read_excluded, read_queries, read_rankgpt, read_run, write_run
 from whyrank.errors import InputError, TooManyUnparsed
-from whyrank.judging import JudgingCounts, judge_into
+from whyrank.judging import Judge, JudgingCounts, judge_into, judging_into
 from whyrank.progress import Progress
 from whyrank.records import Document, Judgment, Query, ScoredDocument
 from whyrank.rerank import Reranker
 from whyrank.stages import EXIT_OK, EXIT_PARTIAL
 from whyrank.stages.failures import require_answers
 from whyrank.store import BadLines, Manifest
+from whyrank.waves import Auto
 
 __all__ = ["Candidates", "Reranked", "read_candidates", "rerank_files"]
 
 RUN_TAG = "whyrank"
+JUDGMENTS = "judgments.jsonl"
+DIRECT_JUDGMENTS = "judgments-direct.jsonl"  # in mode auto, beside those with a reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,10 @@ class Candidates:
         for query in self.queries:
             for line in self.run[query.query_id]:
                 yield query, self.documents[line.doc_id]
+
+    def documents_of(self, query: Query) -> list[Document]:
+        """The documents to be judged for a query, each once, in first-stage order."""
+        return [self.documents[doc_id] for doc_id in dict.fromkeys(line.doc_id for line in self.run[query.query_id])]
 
 
 def read_candidates(
@@ -169,7 +177,7 @@ def _without_missing(
 @dataclass(frozen=True, slots=True)
 class Reranked:
     """What a reranking job did. `first_error` is why the first of the failed requests failed; `seconds` is wall time
-    of this invocation."""
+    of this invocation; `auto` says what mode `auto` did."""
 
     out: Path
     run: Path
@@ -180,6 +188,7 @@ class Reranked:
     num_without_text: int
     first_error: str | None
     seconds: float
+    auto: AutoCounts | None = None
 
     @property
     def exit_code(self) -> int:
@@ -188,7 +197,7 @@ class Reranked:
 
     def to_json(self) -> dict[str, JsonValue]:
         """Plain values for `--json`."""
-        counts: dict[str, JsonValue] = dict(self.counts.to_counts())
+        counts: dict[str, JsonValue] = {**self.counts.to_counts(), **(self.auto.to_counts() if self.auto else {})}
         return {
             "out": str(self.out),
             "run": str(self.run),
@@ -204,7 +213,8 @@ class Reranked:
 
 def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest: Manifest) -> Reranked:
     """Judge all candidates into `out/judgments.jsonl`, then write `out/run.trec` (`run.json` where an id
-    has blanks) and `out/manifest.json`.
+    has blanks) and `out/manifest.json`. In mode `auto`, `out/judgments-direct.jsonl` holds the direct judgments, and
+    `judgments.jsonl` those with a reason.
 
     Killed at any moment, it continues where it was when called again. A local model's scores may then differ in
     their last digits from those of a job that was not killed, because other pairs share a batch.
@@ -215,18 +225,18 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
     """
     start = time.perf_counter()
     counts = JudgingCounts()
-    first_error: str | None = None
-    num_new = 0
+    auto_counts = AutoCounts() if reranker.auto else None
     arranging = _Arranging(candidates, reranker)
-    with Progress(f"judging with {reranker.judge.generator.name}", candidates.num_pairs) as progress:
-        for judgment in judge_into(out / "judgments.jsonl", reranker.judge, candidates.pairs(), counts):
-            if counts.num_judgments == 1:  # not earlier: a folder that is refused keeps the manifest of its own run
-                manifest.write(out)
-            arranging.add(judgment)
-            first_error = first_error or judgment.error
-            progress.advance(is_from_before=counts.num_new == num_new)
-            num_new = counts.num_new
-    require_answers(counts.statuses["error"], counts.num_judgments, first_error)
+    total = None if reranker.auto else candidates.num_pairs
+    with Progress(f"judging with {reranker.judge.generator.name}", total) as progress:
+        watching = _Watching(reranker.judge, counts, progress, manifest, out)
+        if reranker.auto is None or auto_counts is None:
+            for judgment in judge_into(out / JUDGMENTS, reranker.judge, candidates.pairs(), counts):
+                watching.see(judgment)
+                arranging.add(judgment)
+        else:
+            _judge_in_waves(candidates, reranker.auto, watching, arranging, auto_counts)
+    require_answers(counts.statuses["error"], counts.num_judgments, watching.first_error)
     lines = arranging.finish()
     # TREC's columns cannot hold an id with a blank in it; such a run is written as JSON.
     ids = chain(lines, (line.doc_id for ranked in lines.values() for line in ranked))
@@ -241,11 +251,13 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
         num_excluded=candidates.num_excluded,
         num_bad_lines=candidates.num_bad_lines,
         num_without_text=candidates.num_without_text,
-        first_error=first_error,
+        first_error=watching.first_error,
         seconds=round(time.perf_counter() - start, 3),
+        auto=auto_counts,
     )
     all_counts = {
         **counts.to_counts(),
+        **(auto_counts.to_counts() if auto_counts else {}),
         "num_queries": outcome.num_queries,
         "num_excluded": outcome.num_excluded,
         "num_bad_lines": outcome.num_bad_lines,
@@ -253,6 +265,52 @@ def rerank_files(candidates: Candidates, reranker: Reranker, out: Path, manifest
     }
     manifest.finished(start, counts=all_counts).write(out)
     return outcome
+
+
+@dataclass(slots=True)
+class _Watching:
+    """What has to be done with every judgment, in whatever order they are made."""
+
+    judge: Judge
+    counts: JudgingCounts
+    progress: Progress
+    manifest: Manifest
+    out: Path
+    first_error: str | None = None
+    _is_begun: bool = False
+    _num_new: int = 0
+
+    def see(self, judgment: Judgment) -> None:
+        """Count it, and write the manifest with the first that goes into the file of the judge's own mode."""
+        if not self._is_begun and judgment.mode == self.judge.mode:
+            self._is_begun = True  # not earlier: a folder that is refused keeps the manifest of its own run
+            self.manifest.write(self.out)
+        self.first_error = self.first_error or judgment.error
+        self.progress.advance(is_from_before=self.counts.num_new == self._num_new)
+        self._num_new = self.counts.num_new
+
+
+def _judge_in_waves(
+    candidates: Candidates, auto: Auto, watching: _Watching, arranging: _Arranging, auto_counts: AutoCounts
+) -> None:
+    """Mode `auto`, chunk by chunk of the queries; both files are open all the while."""
+    counts = watching.counts
+    with (
+        judging_into(watching.out / DIRECT_JUDGMENTS, counts) as ask_directly,
+        judging_into(watching.out / JUDGMENTS, counts) as ask_for_reasons,
+    ):
+
+        def ask(judge: Judge, pairs: Sequence[tuple[Query, Document]]) -> Iterator[tuple[int, Judgment]]:
+            places = {(query.query_id, document.doc_id): place for place, (query, document) in enumerate(pairs)}
+            for judgment in (ask_directly if judge.mode == "direct" else ask_for_reasons)(judge, pairs):
+                watching.see(judgment)
+                yield places[judgment.query_id, judgment.doc_id], judgment
+
+        for queries in in_chunks(candidates.queries):
+            jobs = [(query, candidates.documents_of(query)) for query in queries]
+            for number, judged in judge_in_waves(jobs, watching.judge, auto, ask):
+                auto_counts.add(judged)
+                arranging.settle(queries[number].query_id, judged.judgments)
 
 
 class _Arranging:
@@ -273,6 +331,10 @@ class _Arranging:
         judged[judgment.doc_id] = judgment
         if len(judged) == len(self._candidates.run[query_id]):
             self._arrange(query_id, self._under_way.pop(query_id))
+
+    def settle(self, query_id: str, judgments: Mapping[str, Judgment]) -> None:
+        """All judgments of a query at once, by doc_id."""
+        self._arrange(query_id, judgments)
 
     def finish(self) -> Run:
         """The lines of every query that has any, in the order of the queries.
