@@ -235,6 +235,7 @@ def test_one_query_as_json_with_documents_from_standard_input() -> None:
                 "probs": [0.0, 0.0, 1.0],
                 "explanation": "This is a comparison of words only, not of meaning: the document shares 3 of the "
                 "query's 3 words (yellow, leaves, plant).",
+                "is_explained": True,
                 "status": "ok",
                 "error": None,
                 "passage": "Light\nyellow leaves on a plant",

@@ -30,6 +30,7 @@ from whyrank.cli.options import (
     SkipBad,
     TemplateOption,
     Timeout,
+    TokenLimitField,
     as_usage_error,
     console,
     existing,
@@ -53,7 +54,6 @@ from whyrank.training.config import DistillConfig, TinyConfig
 
 __all__ = ["demo", "distill", "judge_config", "label", "template_of"]
 
-TokenLimitField = Annotated[Literal["max_tokens", "max_completion_tokens"], setting(ModelOptions, "token_limit_field")]
 DISTILL = DistillConfig()
 TINY = TinyConfig()
 DEMO = DemoConfig()

@@ -47,6 +47,7 @@ __all__ = [
     "MaxPassages",
     "MaxRetries",
     "MaxTokensPerQuery",
+    "Memory",
     "ModeOption",
     "NumSamples",
     "PassageScoreOption",
@@ -56,6 +57,8 @@ __all__ = [
     "Temperature",
     "TemplateOption",
     "Timeout",
+    "TokenLimitField",
+    "TokenLimitName",
     "as_usage_error",
     "console",
     "existing",
@@ -162,6 +165,8 @@ Timeout = Annotated[float, setting(ModelOptions, "timeout")]
 Deadline = Annotated[float, setting(ModelOptions, "deadline")]
 MaxRetries = Annotated[int, setting(ModelOptions, "max_retries")]
 Logprobs = Annotated[bool, setting(ModelOptions, "has_logprobs", "--logprobs")]
+TokenLimitName = Literal["max_tokens", "max_completion_tokens"]
+TokenLimitField = Annotated[TokenLimitName, setting(ModelOptions, "token_limit_field")]
 BM25 = Bm25Config()
 MODEL = ModelOptions()
 PASSAGES = Passages()

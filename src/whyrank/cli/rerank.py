@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from pydantic import JsonValue
@@ -40,29 +40,26 @@ from whyrank.cli.options import (
     Temperature,
     TemplateOption,
     Timeout,
+    TokenLimitField,
     as_usage_error,
     existing,
     model_options,
     passage_options,
     print_json,
     resumable,
-    setting,
 )
 from whyrank.cli.printing import print_ranking, print_reranked
-from whyrank.generators.opening import ModelOptions
 from whyrank.judging import check_samples
 from whyrank.progress import Progress
 from whyrank.ranking import OnUnparsed, parse_fuse
 from whyrank.records import Document, Judgment
-from whyrank.rerank import Reranker
+from whyrank.rerank import RankingMode, Reranker
 from whyrank.stages import EXIT_OK, EXIT_PARTIAL
 from whyrank.stages.failures import require_answers
 from whyrank.stages.rerank import read_candidates, rerank_files
 from whyrank.store import Manifest
 
 __all__ = ["rerank"]
-
-TokenLimitField = Annotated[Literal["max_tokens", "max_completion_tokens"], setting(ModelOptions, "token_limit_field")]
 
 
 def rerank(
@@ -129,23 +126,19 @@ def rerank(
       whyrank rerank --run rankgpt.json --model endpoint:http://localhost:8000/v1#my-model -o out/
       whyrank rerank --query "Why do the leaves of my fern turn brown?" --documents docs.jsonl
     """
-    is_one = query is not None and documents is not None and run is None and out is None
-    is_many = run is not None and out is not None and query is None and documents is None
-    if is_one == is_many:
-        raise typer.BadParameter(_explain_choice(has_query=query is not None, has_run=run is not None, out=out))
-    if is_one and (corpus, queries, excluded) != (None, None, None):
-        raise typer.BadParameter("--corpus, --queries and --excluded go with --run, not with --query")
+    is_one = _is_one((query, documents), (run, out), of_runs=(corpus, queries, excluded))
     names = _parse_fields(field or [])
     with as_usage_error():
         needs_scores = parse_fuse(fuse).method in ("zscore", "minmax")
     if is_one and needs_scores:
         raise typer.BadParameter(f"--fuse {fuse} needs the scores of a --run; with --query choose none or rrf")
-    if mode != "auto" and (auto_top_k, auto_tolerance, max_tokens_per_query) != (None, None, None):
-        raise typer.BadParameter("--auto-top-k, --auto-tolerance and --max-tokens-per-query go with --mode auto")
     manifest = Manifest("rerank", {})
     asked = template_of(template)
     options = model_options(context, model)
     long = passage_options(context)
+    _check_auto(
+        mode, (auto_top_k, auto_tolerance, max_tokens_per_query), is_fanned_out=num_samples > 1 or long != "cut"
+    )
     with as_usage_error():
         check_samples(num_samples, temperature)
     candidates = None
@@ -214,6 +207,28 @@ def _rank_one(
     require_answers(len(errors), num_judgments, next(iter(errors), None))
     print_ranking(query, ranking, as_json=as_json)
     raise typer.Exit(EXIT_PARTIAL if ranking.num_unreadable else EXIT_OK)
+
+
+def _is_one(
+    for_one: tuple[str | None, Path | None], for_run: tuple[Path | None, Path | None], *, of_runs: Sequence[Path | None]
+) -> bool:
+    """Whether one query is ranked rather than a run; anything between the two is a usage error."""
+    num_one, num_run = (sum(given is not None for given in pair) for pair in (for_one, for_run))
+    if (num_one, num_run) not in ((2, 0), (0, 2)):
+        raise typer.BadParameter(
+            _explain_choice(has_query=for_one[0] is not None, has_run=for_run[0] is not None, out=for_run[1])
+        )
+    if num_one and any(given is not None for given in of_runs):
+        raise typer.BadParameter("--corpus, --queries and --excluded go with --run, not with --query")
+    return num_one > 0
+
+
+def _check_auto(mode: RankingMode, settings: Sequence[float | None], *, is_fanned_out: bool) -> None:
+    """Options of mode `auto` belong to it, and those that judge a document several times do not."""
+    if mode == "auto" and is_fanned_out:
+        raise typer.BadParameter("--mode auto judges a document once: leave --samples and --long-documents out")
+    if mode != "auto" and any(setting is not None for setting in settings):
+        raise typer.BadParameter("--auto-top-k, --auto-tolerance and --max-tokens-per-query go with --mode auto")
 
 
 def _explain_choice(*, has_query: bool, has_run: bool, out: Path | None) -> str:
