@@ -21,13 +21,13 @@ LEAST_LABEL_ENTROPY = 0.1  # nats, of the labels of all documents together
 class RefineStep:
     """One round, one line of `metrics.jsonl`.
 
-    `reward` is the mean over answers, `rewards` the mean of every component before its weight. `kl` (k1) and `kl_k3` are
-    nats per action from the distilled policy before the round's update, `step_kl` (k3) how far the update moved, in
+    `reward` is the mean over answers, `rewards` the mean of every component before its weight. `kl` (k1) and `kl_k3`
+    are nats per action from the distilled policy before the round's update, `step_kl` (k3) how far the update moved, in
     `num_updates` optimizer steps. `entropy` is the mean over actions, `label_entropy` that of the labels of all answers
-    together, both in nats. `length` is in tokens, without the label. `labels` are the shares of the sampled labels in the
-    order of the scale; `num_unreadable` answers had none or hit the cap. `gap` and `max_gap` are mean and largest absolute
-    difference between the engine's and the trainer's log-probabilities. `dev` is nDCG@10 of the dev queries after the
-    round where they were ranked. `seconds` is wall time so far.
+    together, both in nats. `length` is in tokens, without the label. `labels` are the shares of the sampled labels in
+    the order of the scale; `num_capped` answers hit the cap, `num_unreadable` had no label. `gap` and `max_gap` are
+    mean and largest absolute difference between the engine's and the trainer's log-probabilities. `dev` is nDCG@10 of
+    the dev queries after the round where they were ranked. `seconds` is wall time so far.
     """
 
     step: int

@@ -27,6 +27,7 @@ __all__ = [
     "evidence",
     "find_reward",
     "format",
+    "length_costs",
     "parse_reward",
     "ranking_gain",
     "reward_group",
@@ -38,6 +39,7 @@ Reward = Callable[[RolloutGroup], Sequence[float]]
 
 RANKING_DEPTH = 10
 MIN_QUOTE_WORDS = 2  # one word in quotation marks is found anywhere
+FREE_LENGTH_CHANGE = 0.1  # the project lets explanations grow by so much
 QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|«([^»]+)»|‘([^’]+)’(?!\w)|(?<!\w)'([^']+)'(?!\w)")
 
 
@@ -227,3 +229,14 @@ def parse_reward(text: str) -> tuple[str, float]:
     if not math.isfinite(value):
         raise InputError(f"reward {text!r}: expected a finite weight, found {weight}")
     return name, value
+
+
+def length_costs(group: RolloutGroup, usual: float, price: float) -> list[float]:
+    """What explanations cost that have another length than usual: price * max(0, |length / usual - 1| - 0.1).
+
+    Args:
+        group: its rollouts' `num_tokens` are the lengths.
+        usual: tokens, above 0; the mean at the beginning.
+        price: of a whole usual length.
+    """
+    return [price * max(0.0, abs(rollout.num_tokens / usual - 1) - FREE_LENGTH_CHANGE) for _, rollout in group.pairs]
