@@ -16,6 +16,7 @@ import typer
 from whyrank.cli import data, models
 from whyrank.cli.almanac import almanac
 from whyrank.cli.options import Interrupted, show_version
+from whyrank.cli.refine import refine
 from whyrank.errors import WhyrankError
 
 __all__ = ["app", "main"]
@@ -24,7 +25,7 @@ EXIT_INTERRUPTED: Final = 130  # 128 and the number of the signal, as shells hav
 
 app = typer.Typer(
     name="whyrank",
-    help="Rerankers that show their reasons: mine, label, distil, rerank, evaluate.",
+    help="Rerankers that show their reasons: mine, label, distil, refine, rerank, evaluate.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -32,7 +33,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.callback()(show_version)
-for verb in (data.mine, models.label, models.distill, data.search, models.rerank, data.evaluate, models.demo):
+for verb in (
+    data.mine,
+    models.label,
+    models.distill,
+    refine,
+    data.search,
+    models.rerank,
+    data.evaluate,
+    models.demo,
+):
     app.command()(verb)
 app.add_typer(almanac, name="almanac")
 
