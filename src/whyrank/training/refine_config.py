@@ -6,7 +6,7 @@ import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -15,6 +15,7 @@ from whyrank.errors import InputError
 __all__ = ["Algorithm", "EvidenceConfig", "RefineConfig", "read_config"]
 
 Algorithm = Literal["ppo", "grpo", "rwl"]
+STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class EvidenceConfig:
     Raises:
         InputError: a trust is negative.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     qrels_trust: float = 4.0
     """Trust in a person's judgment."""
@@ -49,6 +52,8 @@ class RefineConfig:
     Raises:
         InputError: a number is outside its range.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     algorithm: Algorithm = "ppo"
     """ppo: clipped, with values of every token; grpo: without values, against the pair's other samples; rwl: likelihood
@@ -181,7 +186,7 @@ def read_config(path: Path) -> RefineConfig:
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        return TypeAdapter(RefineConfig, config=ConfigDict(extra="forbid")).validate_python(data)
+        return TypeAdapter(RefineConfig).validate_python(data)
     except ValidationError as cause:
         problem = cause.errors(include_url=False)[0]
         key = ".".join(map(str, problem["loc"]))
