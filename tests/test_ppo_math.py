@@ -108,6 +108,11 @@ def test_group_advantages_by_hand() -> None:
     close(pm.group_advantages(rewards, is_scaled=False), [[-1, -1, 2], [0, 0, 0]])
 
 
+def test_leave_one_out_by_hand() -> None:
+    """(0, 1, 5): the others' means are 3, 2.5 and .5. A pair of equal samples has nothing above."""
+    close(pm.leave_one_out(torch.tensor([[0.0, 1, 5], [2, 2, 2]])), [[-3, -1.5, 4.5], [0, 0, 0]])
+
+
 def test_policy_loss_by_hand() -> None:
     """clip .2 and n = 10. Gains: ratio 2, A 1: 1.2; ratio .5, A 1: .5; ratio 2, A -1: -2; ratio .5, A -1: -.8."""
     new = torch.tensor([[2.0, 0.5, 2], [0.5, 1, 1]]).log()

@@ -48,7 +48,7 @@ def choose(
         weights = {doc_id: odds(query_id, doc_id) for doc_id in by_query[query_id]}
         sure = {doc_id: w for doc_id, w in weights.items() if _is_sure(evidence[query_id, doc_id])}
         first = _drawn(sure, math.ceil(num_candidates / 2), rng)
-        rest = {doc_id: w for doc_id, w in weights.items() if doc_id not in sure}
+        rest = {doc_id: w for doc_id, w in weights.items() if doc_id not in first}
         rounds.append((query_id, first + _drawn(rest, num_candidates - len(first), rng)))
     return rounds
 

@@ -11,7 +11,7 @@ What stands at masked places is read by no function. Log-probabilities are natur
 Losses are sums divided by `num_actions`, which the caller counts over everything that goes into one optimizer step.
 Accumulating them over parts of the batch therefore gives the gradient of the whole batch, however it is divided.
 
-Equations are numbered (1) to (13) in the docstrings, and named so in docs/refine.md.
+Equations are numbered (1) to (14) in the docstrings, and named so in docs/refine.md.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "group_advantages",
     "kl_k1",
     "kl_k3",
+    "leave_one_out",
     "likelihood_loss",
     "likelihood_weights",
     "masked_mean",
@@ -147,6 +148,19 @@ def group_advantages(rewards: Tensor, *, is_scaled: bool = True, epsilon: float 
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     return centred / (rewards.std(dim=1, keepdim=True) + epsilon) if is_scaled else centred
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Each sample's reward above the mean of its pair's other samples, (14): (r - mean) * k / (k - 1).
+
+    A baseline that the sample itself has no part in, and that therefore biases nothing (Kool et al. 2019). It spares
+    the values from learning how hard each pair is.
+
+    Args:
+        rewards: `(pairs, k)` with k of at least 2.
+    """
+    k = rewards.shape[1]
+    return (rewards - rewards.mean(dim=1, keepdim=True)) * k / (k - 1)
 
 
 def policy_loss(

@@ -97,6 +97,8 @@ class RefineConfig:
     """Learning rate of the value head, which reads the last hidden state and sends no gradient into it."""
     num_value_steps: int = 3
     """Rounds at the beginning in which the value head learns alone (ppo)."""
+    is_centred: bool = True
+    """Rewards count above the mean of the pair's other samples (ppo, with at least two samples)."""
     is_whitened: bool = True
     """Advantages are brought to mean 0 and variance 1 (ppo)."""
     is_scaled: bool = True

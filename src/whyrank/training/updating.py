@@ -90,6 +90,8 @@ class Learner:
         mask = action_mask(episodes, device)
         earned = torch.tensor(rewards, device=device, dtype=torch.float32)
         if config.algorithm == "ppo":
+            if config.is_centred and config.num_samples > 1:
+                earned = ppo_math.leave_one_out(earned.view(-1, config.num_samples)).flatten()
             priced = ppo_math.token_rewards(earned, ppo_math.kl_k1(old.log_probs, reference), mask, coefficient)
             advantages, returns = ppo_math.discounted_advantages(
                 priced, old.values, mask, discount=config.discount, trace=config.trace
