@@ -127,7 +127,7 @@ def test_a_student_comes_round_to_the_evidence(student: Path, tmp_path: Path, al
 
 def test_values_learn_alone_at_first(student: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"is_centred": False, "value_learning_rate": 1e-2, "kl_coefficient": 0.0}
-    done = run(student, tmp_path / "out", num_steps=8, num_value_steps=8, **options)
+    done = run(student, tmp_path / "out", num_steps=7, num_value_steps=7, **options)
     assert largest_difference(student, done.checkpoint) == 0.0
     assert done.history[-1].value_loss < done.history[0].value_loss / 2
     assert done.history[-1].explained_variance > 0.5 > done.history[0].explained_variance

@@ -89,11 +89,11 @@ class RefineConfig:
     """How far the probability of an action may move before its gradient ends."""
     discount: float = 1.0
     """Worth of a reward one token later."""
-    trace: float = 0.95
+    trace: float = 1.0
     """Lambda of the advantage estimates: 0 trusts the values, 1 the rewards."""
     value_clip: float = 0.5
     """How far a value may move per round before its gradient ends."""
-    value_learning_rate: float = 1e-3
+    value_learning_rate: float = 1e-2
     """Learning rate of the value head, which reads the last hidden state and sends no gradient into it."""
     num_value_steps: int = 3
     """Rounds at the beginning in which the value head learns alone (ppo)."""
