@@ -50,6 +50,7 @@ def test_restricted_by_hand() -> None:
     """Labels of probability .1, .3 and .1: a fifth, three fifths, a fifth of their half."""
     found = pm.restricted(torch.tensor([[0.1, 0.3, 0.1], [0.2, 0.2, 0.4]]).log()).exp()
     close(found, [[0.2, 0.6, 0.2], [0.25, 0.25, 0.5]])
+    close(pm.restricted(torch.tensor([[[0.1, 0.3]], [[0.2, 0.2]]]).log()).exp(), [[[0.25, 0.75]], [[0.5, 0.5]]])
 
 
 def test_kl_estimates_by_hand() -> None:
@@ -110,7 +111,7 @@ def test_group_advantages_by_hand() -> None:
 
 def test_leave_one_out_by_hand() -> None:
     """(0, 1, 5): the others' means are 3, 2.5 and .5. A pair of equal samples has nothing above."""
-    close(pm.leave_one_out(torch.tensor([[0.0, 1, 5], [2, 2, 2]])), [[-3, -1.5, 4.5], [0, 0, 0]])
+    close(pm.leave_one_out(torch.tensor([[0.0, 1, 5], [3, 3, 3]])), [[-3, -1.5, 4.5], [0, 0, 0]])
 
 
 def test_policy_loss_by_hand() -> None:
@@ -127,6 +128,8 @@ def test_clip_share_by_hand() -> None:
     new = torch.tensor([[1.3, 1.1, 0.7], [0.9, NAN, NAN]]).log()
     found = [float(pm.clip_share(new, torch.zeros(2, 3), MASK, clip=clip)) for clip in (0.2, 0.25, 0.05, 0.35)]
     assert found == [0.5, 0.5, 1.0, 0.0]
+    edge = pm.clip_share(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2), clip=0.0)
+    assert edge == 0.0  # exactly at the edge is inside
 
 
 def test_value_loss_by_hand() -> None:
@@ -136,6 +139,9 @@ def test_value_loss_by_hand() -> None:
     returns = torch.tensor([[1.0, 5, 1], [0, NAN, NAN]])
     loss = pm.value_loss(values, old, returns, MASK, clip=1.0, num_actions=5)
     close(loss, (4 + 16 + 0.25 + 9) / 2 / 5)
+    # Below as above: V -3 with G -5 keeps to -1, and max(4, 16) counts.
+    low = pm.value_loss(torch.tensor([[-3.0]]), *torch.tensor([[[0.0]], [[-5.0]], [[1.0]]]), clip=1.0, num_actions=1)
+    close(low, 8.0)
     (gradient,) = torch.autograd.grad(loss, values)
     # Unclipped where the plain error is larger: (V - G) / n; the second is clipped flat.
     close(gradient, [[2 / 5, 0, -0.5 / 5], [-3 / 5, 0, 0]])
@@ -148,6 +154,8 @@ def test_explained_variance_by_hand() -> None:
     close(pm.explained_variance(returns + 7, returns, MASK), 1.0)
     close(pm.explained_variance(torch.zeros(2, 3), returns, MASK), 0.0)
     close(pm.explained_variance(returns, torch.ones(2, 3), MASK), 0.0)
+    small = returns / 10  # variance .02
+    close(pm.explained_variance(small, small, MASK), 1.0)
 
 
 def test_adapted_coefficient_by_hand() -> None:
@@ -209,6 +217,7 @@ def test_advantages_are_sums_of_temporal_differences(
         for tensor, values in zip(found, expected, strict=True):
             close(tensor[number, : len(row)], values, 1e-9)
     assert not found[0][mask == 0].any()
+    assert not found[1][mask == 0].any()
 
 
 def test_with_trace_one_the_return_is_the_discounted_sum_of_rewards() -> None:

@@ -85,6 +85,11 @@ def test_tied_ndcg_by_hand() -> None:
     assert rw.tied_ndcg([*range(11, 0, -1)], [0] * 9 + [1, 0]) == pytest.approx(D[9])
 
 
+def test_tied_ndcg_wants_a_gain_for_every_score() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        rw.tied_ndcg([1, 2, 3], [1, 1])
+
+
 def test_tied_ndcg_is_the_mean_of_ir_measures_over_the_orders_of_ties() -> None:
     scores, gains = [1.0, 2.0, 1.0, 1.0, 0.0], [1, 0, 2, 0, 2]
     qrels = [ir_measures.Qrel("q", f"d{i}", gain) for i, gain in enumerate(gains)]
@@ -108,6 +113,15 @@ def test_ranking_gain_by_hand() -> None:
     best = 2 * D[0] + D[1]
     tied, first, second = (D[0] + D[1] + D[2]) / best, (2 * D[0] + D[2]) / best, (2 * D[1] + D[2]) / best
     assert rw.ranking_gain(group) == pytest.approx([first - tied, second - tied, 0.0, 0.0])
+
+
+def test_samples_without_label_are_passed_over() -> None:
+    """The sample behind one without label still gets its number: first place against second of two, tied before."""
+    group = group_of(([rollout(None), rollout(2)], known((2, 1.0))), ([rollout(2)], ()))
+    assert rw.ranking_gain(group) == pytest.approx([0.0, 0.0, 0.0])
+    tied = (1 + D[1]) / 2
+    group = group_of(([rollout(None), rollout(2), rollout(0)], known((2, 1.0))), ([rollout(1)], ()))
+    assert rw.ranking_gain(group) == pytest.approx([0.0, 1 - tied, D[1] - tied, 0.0])
 
 
 def test_ranking_gain_counts_gains_from_the_lowest_label() -> None:
@@ -141,6 +155,8 @@ def test_evidence_by_hand() -> None:
         "It says «green apples».",
         'It says "yellow".',  # one word
         "It's what doesn't stand there, isn't it?",  # apostrophes
+        'It says "yellowleaves too".',  # words run together are others
+        'It says "lightX" and "too little lightX".',  # a letter is no closing mark
         "It says 'too little light.' and ‘my fern’.",  # one from the query
     ]
     group = group_of(
@@ -148,7 +164,7 @@ def test_evidence_by_hand() -> None:
         passage="Yellow leaves: \n too little light.",
         query="Why does my fern fade?",
     )
-    assert rw.evidence(group) == [1.0, 0.5, 0.0, 0.0, 0.0, 1.0]
+    assert rw.evidence(group) == [1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
 
 
 def test_quotations_are_sought_in_the_own_passage() -> None:
@@ -162,6 +178,12 @@ def test_brevity_by_hand() -> None:
     """4 of 16 tokens; none; as many as the cap; more, which a respelled end can be."""
     samples = [rollout(1, num_tokens=size) for size in (4, 0, 16, 17)]
     assert rw.brevity(group_of((samples, ()))) == [0.75, 1.0, 0.0, 0.0]
+
+
+def test_length_costs_by_hand() -> None:
+    """Usual 10, price 2: 14 tokens are .4 off, of which .1 is free: .6. 6 tokens as much. 11 cost nothing."""
+    group = group_of(([rollout(1, num_tokens=size) for size in (14, 6, 11, 10)], ()))
+    assert rw.length_costs(group, 10.0, 2.0) == pytest.approx([0.6, 0.6, 0.0, 0.0])
 
 
 # ---- together -----------------------------------------------------------------------------------------------
@@ -210,6 +232,7 @@ def test_rewards_are_found_by_name() -> None:
         ("math:no_such", "reward 'math:no_such': module 'math' has no attribute"),
         ("math:pi", "reward 'math:pi': expected a function of a rollout group, found a float"),
         (":f", "reward ':f'"),
+        ("math:a:b", "reward 'math:a:b': module 'math' has no attribute 'a:b'"),
     ],
 )
 def test_unknown_rewards_are_named(name: str, problem: str) -> None:

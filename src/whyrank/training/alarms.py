@@ -66,9 +66,10 @@ def find_alarm(history: Sequence[RefineStep], config: RefineConfig) -> str | Non
         config: its limits.
     """
     last, recent = history[-1], history[-WINDOW:]
-    if last.kl_k3 > config.kl_limit:
+    # Not k3: one token that has become very improbable, and is drawn all the same, makes it as large as can be.
+    if last.kl > config.kl_limit:
         return (
-            f"the policy has moved {last.kl_k3:.3g} nats per token from the distilled one, the limit is "
+            f"the policy has moved {last.kl:.3g} nats per token from the distilled one, the limit is "
             f"{config.kl_limit:g}; raise kl_coefficient or lower learning_rate"
         )
     if len(recent) == WINDOW:
