@@ -17,8 +17,8 @@ from whyrank.generators.hf.chat import ChatTokens
 from whyrank.records import Document, Query
 from whyrank.template import Template
 from whyrank.training.config import TinyConfig
+from whyrank.training.drawing import draw
 from whyrank.training.rollouts import Evidence
-from whyrank.training.sampling import draw
 from whyrank.training.scoring import Episode, ValueHead, action_mask, score
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
 

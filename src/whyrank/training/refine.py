@@ -33,12 +33,12 @@ from whyrank.training.alarms import RefineStep, find_alarm
 from whyrank.training.checkpoints import atomic_folder, recover, save_checkpoint
 from whyrank.training.curriculum import choose, hardness_of
 from whyrank.training.dev_ranking import DevSet, rank_dev
+from whyrank.training.drawing import Drawn, draw
 from whyrank.training.examples import Example
 from whyrank.training.refine_config import RefineConfig
 from whyrank.training.refine_state import RefineState, load_refine_state, save_refine_state
 from whyrank.training.rewards import Rewarded, WeightedReward, find_reward, length_costs, parse_reward, reward_group
 from whyrank.training.rollouts import Evidence
-from whyrank.training.sampling import Drawn, draw
 from whyrank.training.updating import Learner, Lesson, Updated
 
 __all__ = ["METRICS_NAME", "RefineData", "Refined", "refine"]
