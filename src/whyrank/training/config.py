@@ -9,7 +9,7 @@ from typing import Literal
 from whyrank.errors import InputError
 from whyrank.records import Mode
 
-__all__ = ["DistillConfig", "TinyConfig"]
+__all__ = ["AdapterConfig", "DistillConfig", "TinyConfig"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,43 @@ class TinyConfig:
     """Width of the feed-forward layers."""
     max_positions: int = 1024
     """Longest sequence in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """Whether all weights are trained, or a low-rank adapter beside them (LoRA, QLoRA).
+
+    Raises:
+        InputError: a number is outside its range, or an option says something about an adapter that there is not.
+    """
+
+    rank: int = 0
+    """Rank of a LoRA adapter, which is trained in place of the weights; 0 trains all weights."""
+    alpha: int = 0
+    """The adapter's change is scaled by this over the rank; 0 is twice the rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of the layers that get an adapter, separated by commas; all-linear is all but the output."""
+    quantize: Literal["none", "4bit"] = "none"
+    """Hold the frozen weights as they are, or in 4 bits (QLoRA)."""
+    is_merged: bool = False
+    """Write whole weights with the adapter merged in, in place of the adapter alone."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.alpha < 0:
+            raise InputError(f"expected a LoRA rank and alpha of at least 0, found {self.rank} and {self.alpha}")
+        if not self.targets or not all(self.targets):
+            raise InputError("expected names of layers for the adapter, found an empty one; all-linear takes all")
+        says_more = self.alpha or self.targets != ("all-linear",) or self.quantize != "none" or self.is_merged
+        if not self.rank and says_more:
+            raise InputError(
+                "lora_alpha, lora_targets, quantize and merge say something about a LoRA adapter, and there is none; "
+                "give a lora_rank above 0"
+            )
+
+    @property
+    def scaled_alpha(self) -> int:
+        """`alpha`, or what stands for it."""
+        return self.alpha or 2 * self.rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +109,8 @@ class DistillConfig:
     """Steps between the states from which a killed run resumes."""
     seed: int = 0
     """Fixes weights, data order and everything else that is drawn."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """What is trained: all weights, or an adapter."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
     """Shape of a model that starts from scratch."""
 
@@ -93,5 +132,7 @@ class DistillConfig:
             raise InputError(
                 "is_label_first is about direct examples; expected direct among the modes, found only explain"
             )
+        if self.adapter.rank and self.model == "tiny":
+            raise InputError("a model from scratch has no weights to keep; give --lora-rank with a pretrained --model")
         if not self.modes:
             raise InputError("expected at least one mode to learn, explain or direct, found none")
