@@ -83,10 +83,23 @@ class DistillConfig:
     """Direct examples go on to the explanation after their label: the same supervision, but no reasons before it."""
     word_dropout: float = 0.0
     """Share of the words of queries and documents, drawn at random, that examples leave out: robustness to wording."""
+    max_tokens: int = 0
+    """Examples of more tokens, prompt and answer, are left out and counted; 0 takes all that the model holds."""
+    label_weight: float = 1.0
+    """What a token of the label counts in the loss; a token of the explanation counts 1."""
+    is_balanced: bool = False
+    """Draw the labels equally often, however rare they are among the judgments."""
     num_steps: int = 600
     """Optimizer steps."""
     batch_size: int = 64
     """Examples per step."""
+    group_size: int = 1
+    """Most examples of one query that are drawn together, so that their common beginning is read once; 1 draws each
+    example by itself."""
+    is_packed: bool = True
+    """Lay a batch out side by side without padding, common beginnings once; else one padded row per example."""
+    max_pass_tokens: int = 16384
+    """Most tokens per forward pass; a larger batch is read in several, with the same gradient."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon updates the matrices of the blocks with Muon, the rest with AdamW; tiny models learn faster with it."""
     learning_rate: float = 3e-3
@@ -107,6 +120,10 @@ class DistillConfig:
     """CPU threads; 0 leaves the choice to torch."""
     save_every: int = 200
     """Steps between the states from which a killed run resumes."""
+    eval_every: int = 100
+    """Steps between rankings of the dev queries, where such are given."""
+    patience: int = 0
+    """Stop after so many dev rankings in a row without a better one; 0 goes on to the end."""
     seed: int = 0
     """Fixes weights, data order and everything else that is drawn."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -115,13 +132,13 @@ class DistillConfig:
     """Shape of a model that starts from scratch."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "save_every"):
+        for name in ("num_steps", "batch_size", "group_size", "max_pass_tokens", "save_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"expected {name} of at least 1, found {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"expected {name} above 0, found {getattr(self, name)}")
-        for name in ("num_warmup_steps", "weight_decay", "num_threads"):
+        for name in ("num_warmup_steps", "weight_decay", "num_threads", "max_tokens", "label_weight", "patience"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"expected {name} of at least 0, found {getattr(self, name)}")
         if not 0 < self.decay_fraction <= 1:
