@@ -35,7 +35,7 @@ def distill_files(
     *,
     limit: int | None = None,
 ) -> Distilled:
-    """Train a student on judgments from one or more files, into `out`; `out/log.jsonl` holds the loss curve.
+    """Train a student on judgments from one or more files, into `out`; `out/metrics.jsonl` holds the curves.
 
     `config`, the template and `limit` are added to the manifest's config.
 
