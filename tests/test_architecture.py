@@ -46,7 +46,6 @@ NOT_OFFERED = {
     "ranking": {"impute"},
     "rerank": {"read_document"},
     "template": {"cut_end"},
-    "training.distill": {"answer_loss"},
 }
 
 
@@ -212,8 +211,9 @@ def test_only_the_vllm_backend_imports_vllm() -> None:
     assert importing == {"generators.vllm"}
 
 
-def test_only_the_report_imports_matplotlib() -> None:
-    assert {module for module in modules() if "matplotlib" in imports(module)} == {"demo.report"}
+def test_only_the_report_and_the_curves_import_matplotlib() -> None:
+    importing = {module for module in modules() if "matplotlib" in imports(module)}
+    assert importing == {"demo.report", "training.curves"}
 
 
 @pytest.mark.parametrize(

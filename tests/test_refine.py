@@ -32,13 +32,13 @@ from whyrank.records import Pair, Qrel, ScoredDocument
 from whyrank.store import read_jsonl, write_jsonl
 from whyrank.template import Template
 from whyrank.training.alarms import RefineStep
-from whyrank.training.config import TinyConfig
-from whyrank.training.dev_ranking import DevSet
+from whyrank.training.config import AdapterConfig, TinyConfig
 from whyrank.training.distill import distill
 from whyrank.training.examples import examples_of
 from whyrank.training.refine import Refined, RefineData, refine
 from whyrank.training.refine_config import RefineConfig
 from whyrank.training.rollouts import Evidence
+from whyrank.training.validation import DevSet
 
 SHORT = replace(Template.load("almanac"), limits=replace(Template.load("almanac").limits, max_explanation_tokens=24))
 # What is known contradicts what was distilled: (fern, air) was 2, (bread, yeast) was 1.
@@ -188,12 +188,34 @@ def test_replay_keeps_what_was_distilled(student: Path, tmp_path: Path) -> None:
     assert both.history[-1].reward < alone.history[-1].reward
 
 
+def test_an_adapter_is_its_own_reference(student: Path, tmp_path: Path) -> None:
+    """Without distance at first, with distance later; a stopped run ends as if it had not been; weights come whole."""
+    options: dict[str, Any] = {"num_steps": 4, "save_every": 2, **FAST, "adapter": AdapterConfig(rank=4)}
+    options |= {"data": replace(DATA, dev=dev_set({"fern": "yeast", "bread": "air"})), "temperature": 1.5}
+    whole = run(student, tmp_path / "whole", **options)
+    assert whole.history[0].kl == whole.history[0].kl_k3 == 0.0
+    assert whole.history[-1].kl_k3 > 0
+    assert max(step.max_gap for step in whole.history) < 1e-3
+
+    def stop(step: RefineStep) -> None:
+        if step.step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(student, tmp_path / "out", stop, **options)
+    resumed = run(student, tmp_path / "out", **options)
+    assert [plain(step) for step in resumed.history] == [plain(step) for step in whole.history]
+    assert largest_difference(resumed.checkpoint, whole.checkpoint) == 0.0
+    assert weights(whole.checkpoint).keys() == weights(student).keys()
+    assert not (whole.checkpoint / "adapter_config.json").exists()
+
+
 # ---- the best checkpoint, alarms ----------------------------------------------------------------------------------
 
 
 def dev_set(relevant: dict[str, str]) -> DevSet:
     lines = {q: [ScoredDocument(q, d, i + 1, -float(i)) for i, d in enumerate(DOCUMENTS)] for q in QUERIES}
-    return DevSet(QUERIES, DOCUMENTS, lines, tuple(Qrel(q, d, 1) for q, d in relevant.items()))
+    return DevSet(tuple(QUERIES.values()), DOCUMENTS, lines, tuple(Qrel(q, d, 1) for q, d in relevant.items()))
 
 
 def test_the_checkpoint_that_ranks_dev_best_is_kept(student: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import typer
 
 from whyrank.cli import data, models
 from whyrank.cli.almanac import almanac
+from whyrank.cli.distill import distill
 from whyrank.cli.options import Interrupted, show_version
 from whyrank.cli.refine import refine
 from whyrank.errors import WhyrankError
@@ -33,16 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.callback()(show_version)
-for verb in (
-    data.mine,
-    models.label,
-    models.distill,
-    refine,
-    data.search,
-    models.rerank,
-    data.evaluate,
-    models.demo,
-):
+for verb in (data.mine, models.label, distill, refine, data.search, models.rerank, data.evaluate, models.demo):
     app.command()(verb)
 app.add_typer(almanac, name="almanac")
 

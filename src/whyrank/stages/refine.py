@@ -18,11 +18,11 @@ from whyrank.records import Judgment, Pair, Query
 from whyrank.store import Manifest, read_jsonl
 from whyrank.template import Template
 from whyrank.training.alarms import RefineStep
-from whyrank.training.dev_ranking import DevSet
 from whyrank.training.evidence import gather_evidence
 from whyrank.training.examples import Example, examples_of
 from whyrank.training.refine import Refined, RefineData, refine
 from whyrank.training.refine_config import RefineConfig
+from whyrank.training.validation import DevSet
 
 __all__ = ["RefineFiles", "refine_files"]
 
@@ -141,7 +141,9 @@ def _read(files: RefineFiles, card: Card, model: str, config: RefineConfig) -> R
     dev = None
     if files.dev_run is not None and files.dev_qrels is not None:
         _require_texts(files.dev_run, run.keys(), wanted - documents.keys(), queries)
-        dev = DevSet(queries, documents, run, tuple(read_qrels(files.dev_qrels)))
+        judged = tuple(qrel for qrel in read_qrels(files.dev_qrels) if qrel.query_id in run)
+        texts = {line.doc_id: documents[line.doc_id] for lines in run.values() for line in lines}
+        dev = DevSet(tuple(queries[query_id] for query_id in run), texts, run, judged)
     return RefineData(evidence, queries, documents, replay, dev)
 
 

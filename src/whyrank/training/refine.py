@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -30,16 +29,18 @@ from whyrank.store import JsonlAppender, content_key, read_jsonl
 from whyrank.template import Template
 from whyrank.training import ppo_math
 from whyrank.training.alarms import RefineStep, find_alarm
-from whyrank.training.checkpoints import atomic_folder, recover, save_checkpoint
+from whyrank.training.checkpoints import atomic_folder, remove_state, save_checkpoint
+from whyrank.training.config import AdapterConfig
 from whyrank.training.curriculum import choose, hardness_of
-from whyrank.training.dev_ranking import DevSet, rank_dev
 from whyrank.training.drawing import Drawn, draw
 from whyrank.training.examples import Example
+from whyrank.training.lora import add_adapter
 from whyrank.training.refine_config import RefineConfig
-from whyrank.training.refine_state import RefineState, load_refine_state, save_refine_state
+from whyrank.training.refine_state import RefineState, load_refine_state, recover, save_refine_state
 from whyrank.training.rewards import Rewarded, WeightedReward, find_reward, length_costs, parse_reward, reward_group
 from whyrank.training.rollouts import Evidence
 from whyrank.training.updating import Learner, Lesson, Updated
+from whyrank.training.validation import DevSet, rank_dev
 
 __all__ = ["METRICS_NAME", "RefineData", "Refined", "refine"]
 
@@ -114,7 +115,9 @@ def refine(
         return finished
     device = resolve_device(config.device)
     tokenizer = load_tokenizer(model)
-    network = load_model(model, device, torch.float32)
+    network = load_model(model, device, torch.float32, quantize=config.adapter.quantize)
+    if config.adapter.rank:
+        add_adapter(network, config.adapter, config.seed)
     run = _Run(network, tokenizer, data, template, out, config, modes, identity)
     return run.to_the_end(on_step)
 
@@ -151,7 +154,7 @@ class _Run:
     def _begin(self) -> None:
         """Rank the dev queries with the distilled student, which is the best until a round does better."""
         if self.data.dev is not None:
-            self.state.first_dev = rank_dev(self.generator, self.template, self.data.dev)
+            self.state.first_dev = self._ranked(self.data.dev)
         self._keep_as_best()
 
     def to_the_end(self, on_step: Callable[[RefineStep], None] | None) -> Refined:
@@ -286,7 +289,10 @@ class _Run:
 
     def _dev(self, step: int) -> float | None:
         is_time = step % self.config.dev_every == 0 or step == self.config.num_steps
-        return rank_dev(self.generator, self.template, self.data.dev) if self.data.dev is not None and is_time else None
+        return self._ranked(self.data.dev) if self.data.dev is not None and is_time else None
+
+    def _ranked(self, dev: DevSet) -> float:
+        return rank_dev(self.learner.model, self.generator.tokens, self.template, "explain", dev).ndcg
 
     def _best(self) -> tuple[int, float | None]:
         """Round and nDCG@10 of the best ranking so far; the first of equals."""
@@ -299,7 +305,8 @@ class _Run:
         if self.data.dev is None:
             return  # the last one will do, and it is at hand
         with atomic_folder(self.out / "best") as growing:
-            save_checkpoint(growing, self.learner.model, self.tokenizer, Card(self.template, self.modes))
+            card = Card(self.template, self.modes)
+            save_checkpoint(growing, self.learner.model, self.tokenizer, card, self.config.adapter)
 
     def _save(self) -> None:
         self.state.hardness = [(*ids, value) for ids, value in self.hardness.items()]
@@ -308,14 +315,15 @@ class _Run:
 
     def _finish(self, alarm: str | None) -> Refined:
         best_step, best_dev = self._best()
-        kept = self.learner.model
+        kept, how = self.learner.model, replace(self.config.adapter, is_merged=self.config.adapter.rank > 0)
         if self.data.dev is not None:
-            kept = load_model(self.out / "best", torch.device("cpu"), torch.float32)
+            # An adapter comes back merged: what is written is whole either way.
+            kept, how = load_model(self.out / "best", torch.device("cpu"), torch.float32), AdapterConfig()
         outcome = {"alarm": alarm, "first_dev": self.state.first_dev, "best_dev": best_dev, "best_step": best_step}
         provenance = {"config": json.loads(json.dumps(asdict(self.config))), "identity": self.identity, **outcome}
         labels = self.generator.tokens.label_tokens(self.template)
-        save_checkpoint(self.out, kept, self.tokenizer, Card(self.template, self.modes, labels, provenance))
-        shutil.rmtree(self.out / "best", ignore_errors=True)
+        save_checkpoint(self.out, kept, self.tokenizer, Card(self.template, self.modes, labels, provenance), how)
+        remove_state(self.out / "best")
         num_pairs = len(self.data.evidence)
         return Refined(self.out, num_pairs, self.state.first_dev, best_dev, best_step, alarm, tuple(self.history))
 
@@ -349,7 +357,9 @@ def _identity(model: str, data: RefineData, template: Template, config: RefineCo
     texts = {q: data.queries[q].text for q, _ in data.evidence if q in data.queries}
     documents = {d: data.documents[d].full_text for _, d in data.evidence if d in data.documents}
     parts = (model, template.version, repr(config), repr(sorted(data.evidence.items())), repr(sorted(texts.items())))
-    return content_key(*parts, repr(sorted(documents.items())), repr(data.replay), repr(data.dev))
+    return content_key(
+        *parts, repr(sorted(documents.items())), repr(data.replay), data.dev.key if data.dev is not None else ""
+    )
 
 
 def _finished_before(out: Path, identity: str, data: RefineData) -> Refined | None:

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from whyrank.errors import InputError
+from whyrank.training.config import AdapterConfig
 
 __all__ = ["Algorithm", "EvidenceConfig", "RefineConfig", "read_config"]
 
@@ -141,6 +142,8 @@ class RefineConfig:
     """Rounds between the states from which a killed run resumes."""
     seed: int = 0
     """Fixes data order and everything that is drawn."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Refine a low-rank adapter in place of all weights; the reference is then the same network without it."""
     evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
     """What is believed of a label, and how much."""
 
@@ -181,7 +184,7 @@ class RefineConfig:
 
 
 def read_config(path: Path) -> RefineConfig:
-    """Options from a TOML file; what it leaves out has its default. The table `evidence` holds `EvidenceConfig`.
+    """Options from a TOML file; what it leaves out has its default. The tables `evidence` and `adapter` hold theirs.
 
     Raises:
         InputError: it is not TOML, or has an unknown key or a value of the wrong kind or range.

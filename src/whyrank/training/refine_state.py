@@ -7,6 +7,7 @@ from the seed and the number of the round, so that the answers of a round that w
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from whyrank.errors import InputError
 from whyrank.store import read_json
-from whyrank.training.checkpoints import atomic_folder, recover
+from whyrank.training.checkpoints import atomic_folder
 
-__all__ = ["RefineState", "load_refine_state", "save_refine_state"]
+__all__ = ["RefineState", "load_refine_state", "recover", "save_refine_state"]
 
 
 @dataclass(slots=True)
@@ -80,6 +81,13 @@ def load_refine_state(
         moments.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
+
+
+def recover(folder: Path) -> None:
+    """Take the old content back where a kill came between the two renames of `atomic_folder`."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
 
 
 def _trained(network: nn.Module) -> dict[str, Tensor]:

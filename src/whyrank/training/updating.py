@@ -16,8 +16,9 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from whyrank.training import ppo_math
-from whyrank.training.examples import Example
-from whyrank.training.packing import Strand, continuation_log_probs, pack
+from whyrank.training.examples import Example, to_strand
+from whyrank.training.lora import has_adapter, without_adapter
+from whyrank.training.packing import continuation_log_probs, pack
 from whyrank.training.refine_config import RefineConfig
 from whyrank.training.scoring import Episode, Scores, ValueHead, action_mask, score
 
@@ -68,7 +69,7 @@ class Learner:
     def __init__(self, model: PreTrainedModel, config: RefineConfig) -> None:
         self.model = model
         self.config = config
-        self.reference = copy.deepcopy(model).requires_grad_(False)
+        self._frozen = None if has_adapter(model) else copy.deepcopy(model).requires_grad_(False)
         hidden: int = model.config.get_text_config(decoder=True).hidden_size
         self.head = ValueHead(hidden).to(model.device)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -86,7 +87,8 @@ class Learner:
         config, device = self.config, self.model.device
         with torch.no_grad():
             old = self._scores(self.model, self.head, episodes)
-            reference = self._scores(self.reference, None, episodes).log_probs
+            with self._reference() as frozen:
+                reference = self._scores(frozen, None, episodes).log_probs
         mask = action_mask(episodes, device)
         earned = torch.tensor(rewards, device=device, dtype=torch.float32)
         if config.algorithm == "ppo":
@@ -231,6 +233,15 @@ class Learner:
         return score(self.model, head, part.episodes, self.config.temperature, has_entropy_gradient=has_bonus)
 
     @contextmanager
+    def _reference(self) -> Iterator[PreTrainedModel]:
+        """The policy that was distilled: a copy, or the same network with its adapter off."""
+        if self._frozen is not None:
+            yield self._frozen
+            return
+        with without_adapter(self.model):
+            yield self.model
+
+    @contextmanager
     def _precision(self) -> Iterator[None]:
         is_half = self.config.precision == "bfloat16"
         with torch.autocast(self.model.device.type, torch.bfloat16) if is_half else nullcontext():
@@ -239,10 +250,7 @@ class Learner:
 
 def example_loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
     """Mean negative log-likelihood of distilled answers in nats per token, as in distillation."""
-    strands = [
-        Strand(found.ids, tuple(float(place >= found.num_prompt) for place in range(len(found.ids))))
-        for found in examples
-    ]
+    strands = [to_strand(found) for found in examples]
     return -continuation_log_probs(model, pack(strands, model.device)).mean()
 
 
