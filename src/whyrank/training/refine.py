@@ -35,9 +35,10 @@ from whyrank.training.curriculum import choose, hardness_of
 from whyrank.training.drawing import Drawn, draw
 from whyrank.training.examples import Example
 from whyrank.training.lora import add_adapter
+from whyrank.training.model_rewards import open_reward
 from whyrank.training.refine_config import RefineConfig
 from whyrank.training.refine_state import RefineState, load_refine_state, recover, save_refine_state
-from whyrank.training.rewards import Rewarded, WeightedReward, find_reward, length_costs, parse_reward, reward_group
+from whyrank.training.rewards import Rewarded, WeightedReward, length_costs, parse_reward, reward_group
 from whyrank.training.rollouts import Evidence
 from whyrank.training.updating import Learner, Lesson, Updated
 from whyrank.training.validation import DevSet, rank_dev
@@ -140,7 +141,7 @@ class _Run:
         self.config, self.modes, self.identity = config, modes, identity
         self.learner = Learner(network, config)
         self.generator = HfGenerator("student", network, ChatTokens(tokenizer), config.batch_size)
-        self.rewards = [WeightedReward(name, find_reward(name), weight) for name, weight in _named(config)]
+        self.rewards = [WeightedReward(name, open_reward(name), weight) for name, weight in _named(config)]
         self.networks = {"model": network, "head": self.learner.head}
         state = load_refine_state(out / "state", self.networks, self.learner.optimizer, identity)
         self.state = state or RefineState(identity, config.kl_coefficient)
