@@ -254,11 +254,12 @@ def test_distill_keeps_the_student_that_ranks_dev_queries_best() -> None:
     small = ("--num-steps", "3", "--batch-size", "2", "--device", "cpu", "--eval-every", "2", "--balanced")
     weighted = ("--source-weight", "2", "--label-weight", "3", "--group-size", "2")
     dev = ("--dev-run", "run.trec", "--dev-queries", "queries.jsonl", "--dev-corpus", "docs.jsonl")
-    found = run_json(*words, *small, *weighted, *dev, "--dev-qrels", "qrels.txt")
+    Path("dev.txt").write_text("q1 0 d2 1\nq2 0 d5 1\n")
+    found = run_json(*words, *small, *weighted, *dev, "--dev-qrels", "dev.txt")
     ranked = {step["step"]: step["dev_ndcg"] for step in found["history"]}
     assert ranked[1] is None  # after step 2, and after the last
     assert found["best_step"] == (2 if ranked[2] >= ranked[3] else 3)
-    again = run(*words, *small, *weighted, *dev, "--dev-qrels", "qrels.txt")
+    again = run(*words, *small, *weighted, *dev, "--dev-qrels", "dev.txt")
     assert f"after step {found['best_step']}, which is kept" in again.stdout
     for refused, reason in (
         (dev, "expected --dev-run and --dev-qrels together"),

@@ -88,6 +88,8 @@ def test_a_saved_adapter_comes_back_merged(family: Family, tmp_path: Path) -> No
     assert not has_adapter(again)
     assert not [name for name, _ in again.named_parameters() if "lora" in name]
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+    again.save_pretrained(tmp_path / "whole")
+    assert torch.equal(logits(load_model(tmp_path / "whole", CPU, torch.float32)), logits(again))
     # A second adapter on top of the first: the base of the base is found, too.
     add_adapter(again, LORA, seed=1)
     train_a_little(again)

@@ -100,12 +100,15 @@ def merge_from(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     """
     require("peft", "train")
     whole = cast(PreTrainedModel, base.dequantize()) if getattr(base, "is_quantized", False) else base
+    renamings = getattr(whole, "_weight_conversions", None)
     try:
         whole.load_adapter(str(adapter.folder))
     except (OSError, ValueError, RuntimeError) as cause:
         reason = str(cause).strip().split("\n", 1)[0]
         raise InputError(f"the adapter in {adapter.folder} does not fit its base {adapter.base!r}: {reason}") from cause
     merge(whole)
+    # The adapter's renamings were remembered; saving the whole would apply them, and give names that nobody knows.
+    setattr(whole, "_weight_conversions", renamings)  # noqa: B010, an attribute of theirs without a type
     whole.name_or_path = str(adapter.folder)  # what an adapter on top of this one belongs to
     torch.nn.Module.train(whole, False)
     return whole
