@@ -37,8 +37,14 @@ TOKENS = ChatTokens(tiny_tokenizer(["why brown dry air Label: Explanation:"], 30
 
 def save_classifier(folder: Path, num_labels: int) -> torch.nn.Module:
     torch.manual_seed(2)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=300, num_labels=num_labels, pad_token_id=0, **shape)  # type: ignore[arg-type]
+    shape: dict[str, Any] = {
+        "num_labels": num_labels,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = LlamaConfig(vocab_size=300, pad_token_id=0, **shape)
     model = LlamaForSequenceClassification(config)
     model.save_pretrained(folder)
     TOKENS.tokenizer.save_pretrained(folder)
@@ -85,7 +91,7 @@ def test_a_judge_rewards_with_its_share_of_the_scale(caplog: pytest.LogCaptureFi
     assert JudgeReward(judge((texts[0], "2"), (texts[1], "1")))(group) == [1.0, 0.5, 0.75]
     assert "1 of 3 judgments could not be read" in caplog.text
     with pytest.raises(GenerationError, match="none of 3 judgments"):
-        JudgeReward(judge((texts[0] + "!", "2")))(group)
+        JudgeReward(judge(("other air", "2")))(group)
 
 
 # ---- other trainers -----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from whyrank.errors import GenerationError, InputError
-from whyrank.generators.hf.load import load_tokenizer, without_progress_bars
+from whyrank.generators.hf.load import Device, load_tokenizer, resolve_device, without_progress_bars
 from whyrank.generators.opening import open_model
 from whyrank.judging import Judge
 from whyrank.records import Document, Query
@@ -44,7 +44,7 @@ class ClassifierReward:
     batch_size: int = 32
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device = torch.device("cpu")) -> ClassifierReward:
+    def load(cls, path: str | Path, device: Device = "auto") -> ClassifierReward:
         """A classifier from a folder or the hub, safetensors only.
 
         Raises:
@@ -58,7 +58,7 @@ class ClassifierReward:
         except (OSError, ValueError) as cause:
             raise InputError(f"expected a sequence classifier in {str(path)!r}: {cause}") from cause
         model.train(False)
-        return cls(model.to(device), load_tokenizer(path))
+        return cls(model.to(resolve_device(device)), load_tokenizer(path))
 
     @torch.no_grad()
     def __call__(self, group: RolloutGroup) -> list[float]:
