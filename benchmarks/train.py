@@ -1,8 +1,8 @@
 """Training speed of distillation: our packed step, the same step in padded rows, and TRL's SFTTrainer.
 
 One random Llama of 30 million parameters, the same examples, dtype and threads in one process: queries of 60 tokens,
-four documents of 60 each, answers of 40. The systems take turns; a round gives one time each, and ratios are medians of the
-rounds' ratios. TRL is no dependency of whyrank. It installs beside it (`pip install 'trl>=1.16,<2'`, which brings
+four documents of 60 each, answers of 40. The systems take turns; a round gives one time each, and ratios are medians of
+the rounds' ratios. TRL is no dependency of whyrank. It installs beside it (`pip install 'trl>=1.16,<2'`, which brings
 datasets, pandas and pyarrow); without it, the other two are measured, and the table says so.
 
     python benchmarks/train.py --json results/train-speed.json
@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -64,7 +64,7 @@ def ours(folder: Path, batch: Sequence[Strand], dtype: str, num_steps: int, *, i
     """Some steps of `whyrank distill`."""
     model = _model(folder)
     model.set_attn_implementation("eager")
-    precision = "bfloat16" if dtype == "bfloat16" else "float32"
+    precision: Literal["float32", "bfloat16"] = "bfloat16" if dtype == "bfloat16" else "float32"
     config = DistillConfig(is_packed=is_packed, precision=precision, learning_rate=LEARNING_RATE)
     optimizers = optimizers_of(model, config)
 
