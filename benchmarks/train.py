@@ -1,8 +1,8 @@
 """Training speed of distillation: our packed step, the same step in padded rows, and TRL's SFTTrainer.
 
-One random Llama of 30 million parameters, the same examples, dtype and threads in one process: queries of 60 tokens, four
-documents of 60 each, answers of 40. The systems take turns; a round gives one time each, and ratios are medians of the
-rounds' ratios. TRL is no dependency of whyrank. It installs beside it (`pip install 'trl>=1.16,<2'`, which brings
+One random Llama of 30 million parameters, the same examples, dtype and threads in one process: queries of 60 tokens,
+four documents of 60 each, answers of 40. The systems take turns; a round gives one time each, and ratios are medians of
+the rounds' ratios. TRL is no dependency of whyrank. It installs beside it (`pip install 'trl>=1.16,<2'`, which brings
 datasets, pandas and pyarrow); without it, the other two are measured, and the table says so.
 
     python benchmarks/train.py --json results/train-speed.json
@@ -17,13 +17,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from transformers import PreTrainedModel
@@ -63,7 +64,7 @@ def ours(folder: Path, batch: Sequence[Strand], dtype: str, num_steps: int, *, i
     """Some steps of `whyrank distill`."""
     model = _model(folder)
     model.set_attn_implementation("eager")
-    precision = "bfloat16" if dtype == "bfloat16" else "float32"
+    precision: Literal["float32", "bfloat16"] = "bfloat16" if dtype == "bfloat16" else "float32"
     config = DistillConfig(is_packed=is_packed, precision=precision, learning_rate=LEARNING_RATE)
     optimizers = optimizers_of(model, config)
 
@@ -75,11 +76,9 @@ def ours(folder: Path, batch: Sequence[Strand], dtype: str, num_steps: int, *, i
 
 
 def trl(folder: Path, batch: Sequence[Strand], dtype: str, num_steps: int, scratch: Path) -> System:
-    """As many steps of SFTTrainer on the same tokens, its settings for a GPU taken back; a new trainer every time, made
+    """As many steps of SFTTrainer on the same tokens, its settings for a GPU taken back; the trainer is made
     before the clock starts."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
+    dataset, library = import_module("datasets").Dataset, import_module("trl")
     rows = [
         {"input_ids": list(strand.ids), "completion_mask": [int(weight > 0) for weight in strand.weights]}
         for strand in batch
@@ -99,13 +98,14 @@ def trl(folder: Path, batch: Sequence[Strand], dtype: str, num_steps: int, scrat
         "disable_tqdm": True,
         "max_length": None,
     }
-    trainer = SFTTrainer(
+    trainer = library.SFTTrainer(
         model=_model(folder),
-        args=SFTConfig(**settings),
-        train_dataset=Dataset.from_list(rows),
+        args=library.SFTConfig(**settings),
+        train_dataset=dataset.from_list(rows),
         processing_class=load_tokenizer(folder),
     )
-    return trainer.train
+    train: System = trainer.train
+    return train
 
 
 def _model(folder: Path) -> PreTrainedModel:
