@@ -5,13 +5,14 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 # One thread per process: the models of the tests are tiny, and threads only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo demo-smoke results test test-slow check docs constraints clean
+.PHONY: help demo demo-smoke results test test-slow mutants check docs constraints clean
 
 help:
 	@echo "make demo         train two tiny students on the embedded almanac and compare them (minutes, CPU)"
 	@echo "make results      train the fifteen students of the full table (hours; says how long, can be interrupted)"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the longer ones too"
+	@echo "make mutants      change the mathematics of refinement in small ways; its tests should notice"
 	@echo "make check        lint, format, types, documentation"
 	@echo "make docs         regenerate the generated parts of the documentation"
 	@echo "make constraints  write the installed versions to constraints.txt"
@@ -51,6 +52,12 @@ test: .venv/installed-dev
 test-slow: .venv/installed-dev
 	$(PYTEST) -m 'slow or not slow'
 
+# Survivors are listed at the end; docs/refine.md says why each may survive.
+mutants: .venv/installed-dev
+	$(INSTALL) 'mutmut>=3.8,<4'
+	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children 1
+	$(BIN)/python -m mutmut results
+
 check: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -64,5 +71,5 @@ constraints: .venv/installed-dev
 	$(BIN)/python scripts/constraints.py
 
 clean:
-	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf mutants build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,15 +37,14 @@ LAYERS = (
 # Neighbours on one line that may look at each other, because together they are one backend.
 PAIRS = {("generators.endpoint", "generators.chat_wire"), ("generators.overlap", "generators.scripted")}
 # Loading these loads torch. Everything else, the command line above all, must start without it.
-NEEDS_TORCH = ("generators.hf", "generators.vllm", "training", "demo", "stages.distill")
-BUT_NOT = {"training", "training.config", "demo", "demo.config"}
+NEEDS_TORCH = ("generators.hf", "generators.vllm", "training", "demo", "stages.distill", "stages.refine")
+BUT_NOT = {"training", "training.config", "training.refine_config", "demo", "demo.config"}
 # Functions that have a public name for the sake of tests or neighbours in their file, and are not offered to others.
 NOT_OFFERED = {
     "cli.options": {"attribute_docs"},
     "datasets.formats": {"no_repeated_keys"},
     "generators.overlap": {"content_words"},
     "ranking": {"impute"},
-    "training.distill": {"answer_loss"},
 }
 
 
@@ -211,8 +210,9 @@ def test_only_the_vllm_backend_imports_vllm() -> None:
     assert importing == {"generators.vllm"}
 
 
-def test_only_the_report_imports_matplotlib() -> None:
-    assert {module for module in modules() if "matplotlib" in imports(module)} == {"demo.report"}
+def test_only_the_report_and_the_curves_import_matplotlib() -> None:
+    importing = {module for module in modules() if "matplotlib" in imports(module)}
+    assert importing == {"demo.report", "training.curves"}
 
 
 @pytest.mark.parametrize(

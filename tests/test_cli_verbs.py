@@ -176,10 +176,12 @@ def test_distill_then_rerank_with_the_student() -> None:
     small = ("--num-steps", "2", "--batch-size", "2", "--save-every", "1", "--device", "cpu")
     learn = (*words, *small, "--modes", "explain,direct")
     found = run_json(*learn)
-    assert sorted(found) == ["checkpoint", "history", "num_examples", "num_left_out", "num_parameters"]
+    counted = ["num_examples", "num_left_out", "num_parameters", "num_too_long", "num_trained_parameters"]
+    assert sorted(found) == ["best_step", "checkpoint", "history", *counted]
     assert (found["checkpoint"], found["num_examples"], found["num_left_out"]) == ("student", 6, 0)
     assert [step["step"] for step in found["history"]] == [1, 2]
-    assert sorted(found["history"][0]) == ["learning_rate", "loss", "num_tokens", "seconds", "step"]
+    columns = ["dev_ndcg", "dev_unparsed", "grad_norm", "learning_rate", "loss", "num_tokens", "seconds", "step"]
+    assert sorted(found["history"][0]) == columns
     manifest = json.loads(Path("student/manifest.json").read_text())
     template = Template.load("almanac")
     asked_for = replace(
@@ -190,9 +192,17 @@ def test_distill_then_rerank_with_the_student() -> None:
         "template": template.version,
         "limits": asdict(template.limits),
         "limit": None,
+        "source_weights": None,
+        "dev_top_k": None,
     }
     # Three judgments, each taught in two modes.
-    assert manifest["counts"] == {"num_judgments": 3, "num_examples": 6, "num_left_out": 0}
+    assert manifest["counts"] == {
+        "num_judgments": 3,
+        "num_examples": 6,
+        "num_left_out": 0,
+        "num_too_long": 0,
+        "best_step": 2,
+    }
     assert manifest["figures"] == {"num_parameters": found["num_parameters"]}
     again = run(*learn)
     assert "6 examples (0 judgments without a label left out)" in again.stdout
@@ -232,3 +242,30 @@ def test_the_whole_road_on_a_real_dump(tmp_path: Path, shared_data: Path, monkey
     # The same documents in another order; a student of 60 steps that compares words is no better than chance.
     assert first["R@100"] == pytest.approx(second["R@100"])
     assert 0 < second["nDCG@10"] <= first["R@100"]
+
+
+@pytest.mark.usefixtures("here")
+def test_distill_keeps_the_student_that_ranks_dev_queries_best() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    run(*LABEL)
+    words = ("distill", "--judgments", "labelled/judgments.jsonl", *TEXTS, "--template", "almanac", "-o", "student")
+    small = ("--num-steps", "3", "--batch-size", "2", "--device", "cpu", "--eval-every", "2", "--balanced")
+    weighted = ("--source-weight", "2", "--label-weight", "3", "--group-size", "2")
+    dev = ("--dev-run", "run.trec", "--dev-queries", "queries.jsonl", "--dev-corpus", "docs.jsonl")
+    Path("dev.txt").write_text("q1 0 d2 1\nq2 0 d5 1\n")
+    found = run_json(*words, *small, *weighted, *dev, "--dev-qrels", "dev.txt")
+    ranked = {step["step"]: step["dev_ndcg"] for step in found["history"]}
+    assert ranked[1] is None  # after step 2, and after the last
+    assert found["best_step"] == (2 if ranked[2] >= ranked[3] else 3)
+    again = run(*words, *small, *weighted, *dev, "--dev-qrels", "dev.txt")
+    assert f"after step {found['best_step']}, which is kept" in again.stdout
+    for refused, reason in (
+        (dev, "expected --dev-run and --dev-qrels together"),
+        (("--source-weight", "1", "--source-weight", "2"), "for each of 1 files, found 2"),
+        (("--quantize", "4bit"), "give a lora_rank above 0"),
+    ):
+        code, _, said = whole(*words, *small, *refused)
+        assert code == 2
+        assert reason in " ".join(said.replace("│", " ").split())

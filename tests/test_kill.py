@@ -210,7 +210,7 @@ def test_distill_ends_in_the_same_weights(tmp_path: Path, num_kills: int) -> Non
         assert CliRunner().invoke(app, [*learn, "-o", str(folder)]).exit_code == 0
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert names(out) == names(whole)
-    logs = [list(read_jsonl(folder / "log.jsonl", Step)) for folder in (out, whole)]
+    logs = [list(read_jsonl(folder / "metrics.jsonl", Step)) for folder in (out, whole)]
     assert [step.loss for step in logs[0]] == [step.loss for step in logs[1]]
     assert len(logs[0]) == num_steps
 

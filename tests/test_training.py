@@ -6,10 +6,11 @@ import copy
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,11 +27,13 @@ from whyrank.generators.scripted import Scripted, ScriptedAnswer
 from whyrank.judging import Judge
 from whyrank.records import Document, Judgment, Mode, Query
 from whyrank.template import Template
-from whyrank.training.checkpoints import atomic_folder, recover
+from whyrank.training.checkpoints import atomic_folder
 from whyrank.training.config import DistillConfig, TinyConfig
-from whyrank.training.distill import Distilled, Step, answer_loss, distill, learning_rate_at
-from whyrank.training.examples import IGNORED, Example, collate, examples_of
+from whyrank.training.distill import Distilled, Step, distill
+from whyrank.training.examples import Example, examples_of, to_strand
 from whyrank.training.optimizers import optimizers_of
+from whyrank.training.packing import Strand
+from whyrank.training.steps import Update, learning_rate_at, update
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
 
 ALMANAC = Template.load("almanac")
@@ -205,29 +208,71 @@ def test_absent_texts_are_named(queries: Mapping[str, Query], documents: Mapping
         list(examples_of(judgments(), queries, documents, ALMANAC, ChatTokens(byte_tokenizer())))
 
 
-def test_collate_by_hand() -> None:
-    ids, mask, targets = collate([Example((5, 6, 7, 8), 2), Example((9, 4), 1)], pad_id=3)
-    assert ids.tolist() == [[5, 6, 7, 8], [3, 3, 9, 4]]
-    assert mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-    assert targets.tolist() == [[IGNORED, IGNORED, 7, 8], [IGNORED, IGNORED, IGNORED, 4]]
+def test_strands_by_hand() -> None:
+    """All of the answer counts 1, the label's tokens what they are said to."""
+    example = Example((5, 6, 7, 8, 9, 3), 2, num_shared=1, label_place=(4, 5), label="1")
+    assert to_strand(example) == Strand((5, 6, 7, 8, 9, 3), (0, 0, 1, 1, 1, 1), (1,))
+    assert to_strand(example, 3.0) == Strand((5, 6, 7, 8, 9, 3), (0, 0, 1, 1, 3, 1), (1,))
 
 
-# ---- loss and schedule --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("mode", "is_label_first"), [("explain", False), ("direct", False), ("direct", True)])
+def test_an_example_knows_its_label_and_what_it_shares(mode: Mode, is_label_first: bool) -> None:
+    """One token per character: the label place can be read back."""
+    tokens = ChatTokens(byte_tokenizer())
+    taught = judgments({("bread", "yeast"): ("1", "So.\nLabel: 2")})
+    (example,) = examples_of(taught, QUERIES, DOCUMENTS, ALMANAC, tokens, (mode,), is_label_first=is_label_first)
+    start, end = example.label_place
+    written = tokens.decode(example.ids[start:end])
+    assert (written.strip(), example.label) == ("1", "1")
+    assert tokens.decode(example.ids[:start]).endswith("Label:" if written.startswith(" ") else "Label: ")
+    asked = tokens.decode(example.ids[: example.num_shared])
+    assert asked == "Query: the bread is flat and dense\n\nDocument: "
 
 
-def test_answer_loss_is_the_mean_over_answer_tokens() -> None:
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn((3, 6, 11), generator=generator, dtype=torch.float32)
-    targets = torch.randint(0, 11, (3, 6), generator=generator)
-    targets[0, :4] = targets[1, :2] = targets[2, :5] = IGNORED
-    terms = []
-    for row in range(3):
-        for position in range(1, 6):
-            if targets[row, position] != IGNORED:
-                scores = logits[row, position - 1].double()
-                terms.append(float(torch.logsumexp(scores, 0) - scores[targets[row, position]]))
-    assert len(terms) == 2 + 4 + 1
-    assert answer_loss(logits, targets).item() == pytest.approx(sum(terms) / len(terms), abs=1e-6)
+# ---- steps and schedule -------------------------------------------------------------------------------------
+
+
+def some_strands() -> list[Strand]:
+    taught = judgments()
+    tokens = ChatTokens(byte_tokenizer())
+    return [to_strand(e, 2.5) for e in examples_of(taught, QUERIES, DOCUMENTS, ALMANAC, tokens, ("explain", "direct"))]
+
+
+def after_one_step(config: DistillConfig, strands: Sequence[Strand]) -> tuple[Update, dict[str, torch.Tensor]]:
+    """What a step of plain gradient descent does to a model; a learning rate of 1 and no clipping show the gradient."""
+    model = tiny_model(byte_tokenizer(), TINY, seed=0)
+    model.set_attn_implementation("eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    done = update(model, [optimizer], strands, 1.0, replace(config, max_grad_norm=1e9))
+    return done, {name: value.detach() for name, value in model.named_parameters()}
+
+
+def test_the_loss_of_a_step_is_the_weighted_mean_over_answer_tokens() -> None:
+    """From the definition, with one forward pass per example and the softmax written out."""
+    strands = some_strands()
+    model = tiny_model(byte_tokenizer(), TINY, seed=0)
+    total, count = 0.0, 0.0
+    for strand in strands:
+        logits = model(input_ids=torch.tensor([strand.ids])).logits[0].detach().double()
+        for place, weight in enumerate(strand.weights):
+            if weight:
+                scores = logits[place - 1]
+                total += weight * float(torch.log(torch.exp(scores).sum()) - scores[strand.ids[place]])
+                count += weight
+    assert after_one_step(CONFIG, strands)[0].loss == pytest.approx(total / count, abs=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"is_packed": False}, {"max_pass_tokens": 1}, {"max_pass_tokens": 250}])
+def test_a_step_does_not_depend_on_how_the_batch_is_read(change: dict[str, Any]) -> None:
+    """Padded rows, and a pass for each example, move the weights as one packed pass does."""
+    strands = some_strands()
+    expected, wanted = after_one_step(CONFIG, strands)
+    done, found = after_one_step(replace(CONFIG, **change), strands)
+    assert done.loss == pytest.approx(expected.loss, abs=1e-5)
+    assert done.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    assert done.num_tokens > expected.num_tokens  # the beginnings are read more than once
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -297,7 +342,7 @@ def test_the_loss_falls_and_is_logged(trained: Distilled) -> None:
     assert losses[0] == pytest.approx(math.log(len(ChatTokens(loaded(trained).tokens.tokenizer).tokenizer)), rel=0.15)
     assert losses[-1] < 0.05
     assert (trained.num_examples, trained.num_left_out) == (8, 0)
-    assert len((trained.checkpoint / "log.jsonl").read_text().splitlines()) == 90
+    assert len((trained.checkpoint / "metrics.jsonl").read_text().splitlines()) == 90
 
 
 def loaded(trained: Distilled) -> HfGenerator:
@@ -438,14 +483,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def same_but_for_the_clock(run: Distilled) -> list[Step]:
+    return [replace(step, seconds=0.0) for step in run.history]
+
+
 def assert_same_run(resumed: Distilled, whole: Distilled) -> None:
     """Bit for bit, but for the clock."""
     expected, found = weights(whole.checkpoint), weights(resumed.checkpoint)
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert [replace(step, seconds=0.0) for step in resumed.history] == [
-        replace(step, seconds=0.0) for step in whole.history
-    ]
+    assert same_but_for_the_clock(resumed) == same_but_for_the_clock(whole)
 
 
 SHORT = replace(CONFIG, num_steps=14, save_every=4, batch_size=3)
@@ -483,6 +530,7 @@ def test_a_kill_between_the_two_renames_of_a_state_loses_nothing(tmp_path: Path)
     with pytest.raises(Stopped):
         train(out, SHORT, stop_after(10))
     # As a kill leaves it: the new state is not yet in place, the old one no longer.
+    shutil.rmtree(out / ".state.old")
     (out / "state").rename(out / ".state.old")
     (out / ".state.growing").mkdir()
     (out / ".state.growing" / "model.safetensors").write_bytes(b"half")
@@ -510,8 +558,8 @@ def test_atomic_folder_keeps_the_old_content_until_the_new_is_whole(tmp_path: Pa
         assert not list(growing.iterdir())
         (growing / "b").write_text("new")
     assert [path.name for path in folder.iterdir()] == ["b"]
-    recover(folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert [path.name for path in (tmp_path / ".state.old").iterdir()] == ["a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".state.old", "state"]
 
 
 def test_dropout_is_the_same_after_a_stop(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ import typer
 from whyrank.cli import data, models, rerank
 from whyrank.cli.almanac import almanac
 from whyrank.cli.calibrate import calibrate
+from whyrank.cli.distill import distill
 from whyrank.cli.options import Interrupted, show_version
+from whyrank.cli.refine import refine
 from whyrank.errors import WhyrankError
 
 __all__ = ["app", "main"]
@@ -25,7 +27,7 @@ EXIT_INTERRUPTED: Final = 130  # 128 and the number of the signal, as shells hav
 
 app = typer.Typer(
     name="whyrank",
-    help="Rerankers that show their reasons: mine, label, distil, rerank, evaluate.",
+    help="Rerankers that show their reasons: mine, label, distil, refine, rerank, evaluate.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -36,7 +38,8 @@ app.callback()(show_version)
 for verb in (
     data.mine,
     models.label,
-    models.distill,
+    distill,
+    refine,
     calibrate,
     data.search,
     rerank.rerank,

@@ -1,10 +1,10 @@
-"""Verbs that run or train a model: label, distill, demo."""
+"""Verbs that run or train a model: label, demo."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated
 
 import typer
 from pydantic import JsonValue
@@ -16,7 +16,6 @@ from whyrank.cli.options import (
     Corpus,
     Deadline,
     Device,
-    DeviceName,
     Dtype,
     Instruction,
     Json,
@@ -36,26 +35,20 @@ from whyrank.cli.options import (
     existing,
     model_options,
     print_json,
-    require_files,
     resumable,
-    setting,
 )
 from whyrank.demo.config import DemoConfig
 from whyrank.errors import require
 from whyrank.generators import Sampling
-from whyrank.generators.opening import DEFAULT_TEMPLATE, ModelOptions
-from whyrank.records import Mode
+from whyrank.generators.opening import ModelOptions
 from whyrank.rerank import Reranker
 from whyrank.stages.failures import describe_failures
 from whyrank.stages.label import label_files, read_pairs
 from whyrank.store import Manifest
 from whyrank.template import Template
-from whyrank.training.config import DistillConfig, TinyConfig
 
-__all__ = ["demo", "distill", "judge_config", "label", "template_of"]
+__all__ = ["demo", "judge_config", "label", "template_of"]
 
-DISTILL = DistillConfig()
-TINY = TinyConfig()
 DEMO = DemoConfig()
 
 
@@ -131,95 +124,6 @@ def label(
     raise typer.Exit(done.exit_code)
 
 
-def distill(
-    judgments: Annotated[
-        list[Path], existing("--judgments", help="judgments.jsonl of whyrank label; may be repeated.")
-    ],
-    queries: Annotated[list[Path], existing("--queries", help="Their queries; may be repeated.")],
-    corpus: Annotated[list[Path], existing("--corpus", help="Their documents; may be repeated.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the checkpoint.")],
-    model: Annotated[str, setting(DistillConfig, "model")] = DISTILL.model,
-    modes: Annotated[
-        str, typer.Option(help="What the student learns: explain, direct, or explain,direct.")
-    ] = "explain",
-    template: Annotated[str, typer.Option(help="Name or TOML file of the prompt to teach.")] = DEFAULT_TEMPLATE,
-    is_label_first: Annotated[bool, setting(DistillConfig, "is_label_first", "--label-first")] = DISTILL.is_label_first,
-    word_dropout: Annotated[float, setting(DistillConfig, "word_dropout")] = DISTILL.word_dropout,
-    num_steps: Annotated[int, setting(DistillConfig, "num_steps")] = DISTILL.num_steps,
-    batch_size: Annotated[int, setting(DistillConfig, "batch_size")] = DISTILL.batch_size,
-    optimizer: Annotated[Literal["adamw", "muon"], setting(DistillConfig, "optimizer")] = DISTILL.optimizer,
-    learning_rate: Annotated[float, setting(DistillConfig, "learning_rate")] = DISTILL.learning_rate,
-    num_warmup_steps: Annotated[int, setting(DistillConfig, "num_warmup_steps")] = DISTILL.num_warmup_steps,
-    decay_fraction: Annotated[float, setting(DistillConfig, "decay_fraction")] = DISTILL.decay_fraction,
-    weight_decay: Annotated[float, setting(DistillConfig, "weight_decay")] = DISTILL.weight_decay,
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16"], setting(DistillConfig, "precision")
-    ] = DISTILL.precision,
-    device: Annotated[DeviceName, setting(DistillConfig, "device")] = DISTILL.device,
-    num_threads: Annotated[int, setting(DistillConfig, "num_threads")] = DISTILL.num_threads,
-    save_every: Annotated[int, setting(DistillConfig, "save_every")] = DISTILL.save_every,
-    seed: Annotated[int, setting(DistillConfig, "seed")] = DISTILL.seed,
-    vocab_size: Annotated[int, setting(TinyConfig, "vocab_size")] = TINY.vocab_size,
-    hidden_size: Annotated[int, setting(TinyConfig, "hidden_size")] = TINY.hidden_size,
-    num_layers: Annotated[int, setting(TinyConfig, "num_layers")] = TINY.num_layers,
-    num_heads: Annotated[int, setting(TinyConfig, "num_heads")] = TINY.num_heads,
-    intermediate_size: Annotated[int, setting(TinyConfig, "intermediate_size")] = TINY.intermediate_size,
-    limit: Limit = None,
-    json: Json = False,
-) -> None:
-    """Train a student to explain and label like its teacher.
-
-    Judgments without a label are left out and counted. Killed at any moment, the same command continues from its
-    last saved state.
-
-    \b
-    Example:
-      whyrank distill --judgments labelled/judgments.jsonl --queries mined/train/queries.jsonl \\
-        --corpus mined/corpus.jsonl --num-steps 300 -o student/
-    """
-    require("torch", "train")
-    require("transformers", "train")
-    from whyrank.stages.distill import distill_files
-
-    with as_usage_error():
-        config = replace(
-            DISTILL,
-            model=model,
-            modes=_parse_modes(modes),
-            is_label_first=is_label_first,
-            word_dropout=word_dropout,
-            num_steps=num_steps,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            num_warmup_steps=num_warmup_steps,
-            decay_fraction=decay_fraction,
-            weight_decay=weight_decay,
-            precision=precision,
-            device=device,
-            num_threads=num_threads,
-            save_every=save_every,
-            seed=seed,
-            tiny=TinyConfig(vocab_size, hidden_size, num_layers, num_heads, intermediate_size),
-        )
-        taught = Template.load(template)
-    require_files("--judgments", judgments, "whyrank label writes a judgments.jsonl into its -o")
-    require_files("--queries", queries, "give those that the judgments were made from")
-    require_files("--corpus", corpus, "give the one that the judgments were made from")
-    manifest = Manifest("distill", {}, seed=seed).with_inputs(*judgments, *queries, *corpus)
-    with resumable(out / "state"):
-        done = distill_files(judgments, queries, corpus, taught, out, config, manifest, limit=limit)
-    last = done.history[-1]
-    if json:
-        print_json({**asdict(done), "checkpoint": str(out), "history": [asdict(step) for step in done.history]})
-        return
-    console().print(
-        f"{done.num_examples} examples ({done.num_left_out} judgments without a label left out), "
-        f"{done.num_parameters:,} parameters, loss {done.history[0].loss:.3f} to {last.loss:.3f} nats per token in "
-        f"{last.step} steps ({last.seconds:.0f} s): {out}"
-    )
-
-
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for runs, judgments, manifest and report.")] = Path(
         "out/demo"
@@ -274,10 +178,3 @@ def judge_config(reranker: Reranker, options: ModelOptions, **more: JsonValue) -
         **({} if reranker.auto is None else {"auto": asdict(reranker.auto)}),
         **more,
     }
-
-
-def _parse_modes(text: str) -> tuple[Mode, ...]:
-    modes = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    if not set(modes) <= set(get_args(Mode)):
-        raise typer.BadParameter(f"--modes: expected explain, direct or explain,direct, found {text!r}")
-    return cast(tuple[Mode, ...], modes)

@@ -9,7 +9,7 @@ from typing import Literal
 from whyrank.errors import InputError
 from whyrank.records import Mode
 
-__all__ = ["DistillConfig", "TinyConfig"]
+__all__ = ["AdapterConfig", "DistillConfig", "TinyConfig"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,43 @@ class TinyConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """Whether all weights are trained, or a low-rank adapter beside them (LoRA, QLoRA).
+
+    Raises:
+        InputError: a number is outside its range, or an option says something about an adapter that there is not.
+    """
+
+    rank: int = 0
+    """Rank of a LoRA adapter, which is trained in place of the weights; 0 trains all weights."""
+    alpha: int = 0
+    """The adapter's change is scaled by this over the rank; 0 is twice the rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of the layers that get an adapter, separated by commas; all-linear is all but the output."""
+    quantize: Literal["none", "4bit"] = "none"
+    """Hold the frozen weights as they are, or in 4 bits (QLoRA)."""
+    is_merged: bool = False
+    """Write whole weights with the adapter merged in, in place of the adapter alone."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.alpha < 0:
+            raise InputError(f"expected a LoRA rank and alpha of at least 0, found {self.rank} and {self.alpha}")
+        if not self.targets or not all(self.targets):
+            raise InputError("expected names of layers for the adapter, found an empty one; all-linear takes all")
+        says_more = self.alpha or self.targets != ("all-linear",) or self.quantize != "none" or self.is_merged
+        if not self.rank and says_more:
+            raise InputError(
+                "lora_alpha, lora_targets, quantize and merge say something about a LoRA adapter, and there is none; "
+                "give a lora_rank above 0"
+            )
+
+    @property
+    def scaled_alpha(self) -> int:
+        """`alpha`, or what stands for it."""
+        return self.alpha or 2 * self.rank
+
+
+@dataclass(frozen=True, slots=True)
 class DistillConfig:
     """How a student is trained.
 
@@ -46,10 +83,23 @@ class DistillConfig:
     """Direct examples go on to the explanation after their label: the same supervision, but no reasons before it."""
     word_dropout: float = 0.0
     """Share of the words of queries and documents, drawn at random, that examples leave out: robustness to wording."""
+    max_tokens: int = 0
+    """Examples of more tokens, prompt and answer, are left out and counted; 0 takes all that the model holds."""
+    label_weight: float = 1.0
+    """What a token of the label counts in the loss; a token of the explanation counts 1."""
+    is_balanced: bool = False
+    """Draw the labels equally often, however rare they are among the judgments."""
     num_steps: int = 600
     """Optimizer steps."""
     batch_size: int = 64
     """Examples per step."""
+    group_size: int = 1
+    """Most examples of one query that are drawn together, so that their common beginning is read once; 1 draws each
+    example by itself."""
+    is_packed: bool = True
+    """Lay a batch out side by side without padding, common beginnings once; else one padded row per example."""
+    max_pass_tokens: int = 16384
+    """Most tokens per forward pass; a larger batch is read in several, with the same gradient."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon updates the matrices of the blocks with Muon, the rest with AdamW; tiny models learn faster with it."""
     learning_rate: float = 3e-3
@@ -70,19 +120,25 @@ class DistillConfig:
     """CPU threads; 0 leaves the choice to torch."""
     save_every: int = 200
     """Steps between the states from which a killed run resumes."""
+    eval_every: int = 100
+    """Steps between rankings of the dev queries, where such are given."""
+    patience: int = 0
+    """Stop after so many dev rankings in a row without a better one; 0 goes on to the end."""
     seed: int = 0
     """Fixes weights, data order and everything else that is drawn."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """What is trained: all weights, or an adapter."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
     """Shape of a model that starts from scratch."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "save_every"):
+        for name in ("num_steps", "batch_size", "group_size", "max_pass_tokens", "save_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"expected {name} of at least 1, found {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"expected {name} above 0, found {getattr(self, name)}")
-        for name in ("num_warmup_steps", "weight_decay", "num_threads"):
+        for name in ("num_warmup_steps", "weight_decay", "num_threads", "max_tokens", "label_weight", "patience"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"expected {name} of at least 0, found {getattr(self, name)}")
         if not 0 < self.decay_fraction <= 1:
@@ -93,5 +149,7 @@ class DistillConfig:
             raise InputError(
                 "is_label_first is about direct examples; expected direct among the modes, found only explain"
             )
+        if self.adapter.rank and self.model == "tiny":
+            raise InputError("a model from scratch has no weights to keep; give --lora-rank with a pretrained --model")
         if not self.modes:
             raise InputError("expected at least one mode to learn, explain or direct, found none")

@@ -1,65 +1,108 @@
 """Supervised fine-tuning on explanation and label (the paper's first stage).
 
-Deviations from arXiv 2504.03947: full fine-tuning (no adapters yet), no query-generation task, any teacher.
-The loss is the mean negative log-likelihood per answer token of a batch; the prompt carries none.
+Deviations from arXiv 2504.03947: no query-generation task, any teacher, and the student that ranks the dev queries best
+is kept, not the last one. The loss is the weighted mean negative log-likelihood per answer token of a batch; the prompt
+carries none. All that is drawn comes from the seed and the number of the step, so that a resumed run ends as one that
+was never stopped.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from whyrank.checkpoint import CARD_NAME, Card, read_card
-from whyrank.errors import InputError
+from whyrank.errors import InputError, require
+from whyrank.generators.hf.attention import check_replaceable
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.hf.load import load_model, load_tokenizer, resolve_device
 from whyrank.records import Document, Judgment, Query
-from whyrank.store import content_key, read_jsonl, write_jsonl
+from whyrank.store import JsonlAppender, content_key, read_jsonl, write_jsonl
 from whyrank.template import Template
-from whyrank.training.checkpoints import TrainingState, load_state, save_checkpoint, save_state
+from whyrank.training.checkpoints import (
+    Snapshot,
+    TrainingState,
+    load_state,
+    remove_state,
+    restore,
+    save_checkpoint,
+    save_state,
+    snapshot_of,
+)
 from whyrank.training.config import DistillConfig
-from whyrank.training.examples import IGNORED, Example, collate, examples_of, is_teachable
+from whyrank.training.curves import draw_curves
+from whyrank.training.examples import Example, examples_of, is_teachable, to_strand
+from whyrank.training.lora import add_adapter, trainable_parameters
 from whyrank.training.optimizers import optimizers_of
+from whyrank.training.sampling import batches, frequencies
+from whyrank.training.steps import Update, is_bfloat16, learning_rate_at, precision_of, update
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
+from whyrank.training.validation import DevSet, DevValue, rank_dev
 
-__all__ = ["Distilled", "Step", "distill", "learning_rate_at", "student_tokenizer"]
+__all__ = ["METRICS_NAME", "Distilled", "Step", "distill", "student_tokenizer"]
 
-LOG_NAME = "log.jsonl"
+METRICS_NAME = "metrics.jsonl"
+CURVES_NAME = "curves.svg"
 ROOM_FOR_WORDS = 1024  # tokens for a template's own words
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One line of the training log. `loss` is in nats per answer token; `seconds` is wall time so far."""
+    """One line of `metrics.jsonl`. `loss` is in nats per answer token (weighted, if labels weigh more), of the batch
+    before the step; `num_tokens` is what the model read; `seconds` is wall time so far; `grad_norm` is the gradient's
+    length before it was scaled down. `dev_ndcg` (nDCG@10) and `dev_unparsed` (share of judgments without a label) are
+    there after steps that ranked the dev queries."""
 
     step: int
     loss: float
     learning_rate: float
     num_tokens: int
     seconds: float
+    grad_norm: float = 0.0
+    dev_ndcg: float | None = None
+    dev_unparsed: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """What training produced."""
+    """What training produced. The checkpoint holds the weights after `best_step`: the step that ranked the dev queries
+    best, or the last one without dev queries. `num_too_long` examples were left out for their length."""
 
     checkpoint: Path
     num_examples: int
     num_left_out: int
     num_parameters: int
     history: tuple[Step, ...]
+    num_too_long: int = 0
+    num_trained_parameters: int = 0
+    best_step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """All that one training needs and does not change."""
+
+    model: PreTrainedModel
+    tokens: ChatTokens
+    template: Template
+    config: DistillConfig
+    dev: DevSet | None
+    pad_id: int
+
+    def dev_value(self, step: int) -> DevValue | None:
+        """How the model ranks now, if it is time to look."""
+        if self.dev is None or (step % self.config.eval_every and step < self.config.num_steps):
+            return None
+        with precision_of(self.config, self.model.device):
+            return rank_dev(self.model, self.tokens, self.template, self.config.modes[0], self.dev)
 
 
 def distill(
@@ -70,6 +113,8 @@ def distill(
     out: Path,
     config: DistillConfig = DistillConfig(),
     *,
+    weights: Sequence[float] | None = None,
+    dev: DevSet | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Distilled:
     """Train a student on judgments and save it as a Hugging Face checkpoint in `out`, with its `whyrank.json`.
@@ -83,91 +128,138 @@ def distill(
         template: the prompt and answer shape to teach.
         out: folder of the checkpoint; `out/state` holds what resuming needs until training is over.
         config: how to train.
+        weights: how often each judgment is drawn, in any unit; all alike by default.
+        dev: ranked every `config.eval_every` steps and after the last; the best student is kept.
         on_step: called after every optimizer step.
 
     Raises:
-        InputError: nothing to learn from, or an example does not fit the model.
+        InputError: nothing to learn from, an example does not fit the model, or `out` belongs to another run.
+        MissingExtra: an adapter needs peft or bitsandbytes.
+        UnsupportedModel: the model cannot be packed, or not rank the dev queries.
     """
+    require("matplotlib", "train")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
     tokenizer, model = _student(judgments, queries, documents, template, config, device)
     tokens = ChatTokens(tokenizer)
-    examples = list(
-        examples_of(
-            judgments,
-            queries,
-            documents,
-            template,
-            tokens,
-            config.modes,
-            is_label_first=config.is_label_first,
-            word_dropout=config.word_dropout,
-            seed=config.seed,
-        )
-    )
+    examples, drawn = _examples(judgments, queries, documents, template, tokens, config, weights)
+    num_all = len(examples)
+    kept = [i for i, e in enumerate(examples) if not config.max_tokens or len(e.ids) <= config.max_tokens]
+    examples, drawn = [examples[i] for i in kept], [drawn[i] for i in kept]
     _check(examples, model)
     # What is trained on, not where it came from: a judgment's key stays when its label is made anew.
-    identity = content_key(template.version, repr(config), *(content_key(repr(example)) for example in examples))
-    num_left_out = sum(not is_teachable(judgment) for judgment in judgments)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    finished = _finished_before(out, identity)
-    if finished is not None:
-        return Distilled(out, len(examples), num_left_out, num_parameters, finished)
+    often = () if weights is None else map(repr, drawn)
+    data = [*(content_key(repr(example)) for example in examples), *often, *([dev.key] if dev else [])]
+    identity = content_key(template.version, repr(config), *data)
+    trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
+    done = Distilled(
+        checkpoint=out,
+        num_examples=len(examples),
+        num_left_out=sum(not is_teachable(judgment) for judgment in judgments),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        history=(),
+        num_too_long=num_all - len(examples),
+        num_trained_parameters=trained,
+    )
+    history = _finished_before(out, identity)
+    if history is None:
+        drawn = frequencies([example.label for example in examples], drawn, is_balanced=config.is_balanced)
+        run = _Run(model, tokens, template, config, dev, _pad_id(tokenizer))
+        history = _train(run, examples, drawn, out, identity, on_step)
+        provenance = {"config": json.loads(json.dumps(asdict(config))), "num_examples": len(examples)}
+        provenance |= {"identity": identity, "best_step": _best(history)}
+        card = Card(template, config.modes, tokens.label_tokens(template), training=provenance)
+        draw_curves(out / CURVES_NAME, _curves(history))
+        save_checkpoint(out, model, tokenizer, card, config.adapter)
+    return replace(done, history=history, best_step=_best(history))
+
+
+def _train(
+    run: _Run,
+    examples: Sequence[Example],
+    drawn: Sequence[float],
+    out: Path,
+    identity: str,
+    on_step: Callable[[Step], None] | None,
+) -> tuple[Step, ...]:
+    """The loop; afterwards the model has the best weights."""
+    model, config = run.model, run.config
     optimizers = optimizers_of(model, config)
-    state = load_state(out / "state", model, optimizers, identity)
-    history = [Step(**step) for step in state.history] if state else []
-    model.train()
-    if device.type == "cpu":
-        # torch's fused attention is several times slower in the backward pass on CPUs, most of all in bfloat16.
-        model.set_attn_implementation("eager")
+    known = load_state(out / "state", model, optimizers, identity)
+    history = [Step(**step) for step in known[0].history] if known else []
+    best: Snapshot | None = known[1] if known else None
+    _prepare(run)
+    write_jsonl(out / METRICS_NAME, history)
     clock = time.perf_counter() - (history[-1].seconds if history else 0.0)
-    batches = _batches(examples, config, num_done=len(history))
-    for number in range(len(history), config.num_steps):
-        batch = next(batches)
-        torch.manual_seed(config.seed + number)  # dropout is then the same whether or not the run was resumed
-        rate = learning_rate_at(number, config)
-        loss, num_tokens = _update(model, optimizers, batch, rate, _pad_id(tokenizer), config)
-        step = Step(number + 1, loss, rate, num_tokens, time.perf_counter() - clock)
-        if not math.isfinite(step.loss):
-            raise InputError(f"the loss is {step.loss} at step {step.step}; lower --learning-rate")
-        history.append(step)
-        if on_step:
-            on_step(step)
-        if step.step % config.save_every == 0 and step.step < config.num_steps:
-            save_state(out / "state", model, optimizers, TrainingState(identity, [asdict(s) for s in history]))
-    provenance = {"config": json.loads(json.dumps(asdict(config))), "num_examples": len(examples), "identity": identity}
-    card = Card(template, config.modes, tokens.label_tokens(template), training=provenance)
-    write_jsonl(out / LOG_NAME, history)
-    save_checkpoint(out, model, tokenizer, card)
-    return Distilled(out, len(examples), num_left_out, num_parameters, tuple(history))
+    order = batches(examples, drawn, config, num_done=len(history))
+    appender = JsonlAppender(out / METRICS_NAME, Step)
+    try:
+        for number in range(len(history), config.num_steps):
+            if _is_enough(history, config):
+                break
+            torch.manual_seed(config.seed + number)  # dropout is then the same whether or not the run was resumed
+            rate = learning_rate_at(number, config)
+            strands = [to_strand(example, config.label_weight) for example in next(order)]
+            found = update(model, optimizers, strands, rate, config, pad_id=run.pad_id)
+            history.append(_step(number + 1, found, rate, run.dev_value(number + 1), clock))
+            appender.append(history[-1])
+            if run.dev is not None and _best(history) == number + 1:
+                best = snapshot_of(model)
+            if on_step:
+                on_step(history[-1])
+            if (number + 1) % config.save_every == 0 and number + 1 < config.num_steps:
+                state = TrainingState(identity, [asdict(step) for step in history])
+                save_state(out / "state", model, optimizers, state, best)
+    finally:
+        appender.close()
+    if best is not None:
+        restore(model, best)
+    return tuple(history)
 
 
-def _update(
-    model: PreTrainedModel,
-    optimizers: Sequence[torch.optim.Optimizer],
-    batch: Sequence[Example],
-    rate: float,
-    pad_id: int,
-    config: DistillConfig,
-) -> tuple[float, int]:
-    """One step of all optimizers; returns the loss in nats per answer token and the number of tokens read."""
-    ids, mask, targets = (tensor.to(model.device) for tensor in collate(batch, pad_id))
-    num_last = max(len(example.ids) - example.num_prompt for example in batch) + 1
-    with _autocast(config, model.device):
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=num_last
-        )
-    loss = answer_loss(output.logits, targets[:, -num_last:])
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return loss.item(), int(mask.sum())
+def _step(number: int, found: Update, rate: float, dev: DevValue | None, clock: float) -> Step:
+    """A line of the log.
+
+    Raises:
+        InputError: the loss is not a number.
+    """
+    if not math.isfinite(found.loss):
+        raise InputError(f"the loss is {found.loss} at step {number}; lower --learning-rate")
+    ranked = (None, None) if dev is None else (dev.ndcg, dev.unparsed_rate)
+    seconds = time.perf_counter() - clock
+    return Step(number, found.loss, rate, found.num_tokens, seconds, found.grad_norm, *ranked)
+
+
+def _prepare(run: _Run) -> None:
+    """Put the model into training mode, with the attention that suits the device."""
+    if run.dev is not None:
+        check_replaceable(run.model)
+    run.model.train()
+    if run.model.device.type == "cpu":
+        # torch's fused attention is several times slower in the backward pass on CPUs, most of all in bfloat16.
+        run.model.set_attn_implementation("eager")
+
+
+def _best(history: Sequence[Step]) -> int:
+    """The first of the steps that ranked the dev queries best; the last step where none did."""
+    ranked = [step for step in history if step.dev_ndcg is not None]
+    return max(ranked, key=lambda step: (step.dev_ndcg, -step.step)).step if ranked else history[-1].step
+
+
+def _is_enough(history: Sequence[Step], config: DistillConfig) -> bool:
+    """Whether the last `patience` rankings were all no better than one before."""
+    ranked = [step.step for step in history if step.dev_ndcg is not None]
+    return bool(config.patience and ranked) and sum(step > _best(history) for step in ranked) >= config.patience
+
+
+def _curves(history: Sequence[Step]) -> Mapping[str, Mapping[int, float]]:
+    return {
+        "loss (nats per answer token)": {step.step: step.loss for step in history},
+        "gradient norm before clipping": {step.step: step.grad_norm for step in history},
+        "learning rate": {step.step: step.learning_rate for step in history},
+        "dev nDCG@10": {step.step: step.dev_ndcg for step in history if step.dev_ndcg is not None},
+    }
 
 
 def _finished_before(out: Path, identity: str) -> tuple[Step, ...] | None:
@@ -182,29 +274,41 @@ def _finished_before(out: Path, identity: str) -> tuple[Step, ...] | None:
         raise InputError(
             f"{out} holds a checkpoint trained on other data or with other options; remove it, or choose another folder"
         )
-    return tuple(read_jsonl(out / LOG_NAME, Step))
+    remove_state(out / "state")
+    return tuple(read_jsonl(out / METRICS_NAME, Step))
 
 
-def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats over the tokens that have a target, in float32.
+def _examples(
+    judgments: Sequence[Judgment],
+    queries: Mapping[str, Query],
+    documents: Mapping[str, Document],
+    template: Template,
+    tokens: ChatTokens,
+    config: DistillConfig,
+    weights: Sequence[float] | None,
+) -> tuple[list[Example], list[float]]:
+    """All examples, and how often each is drawn.
 
-    Args:
-        logits: `(rows, length, vocabulary)`; position i predicts token i + 1.
-        targets: `(rows, length)`, `IGNORED` where there is no loss.
+    Raises:
+        InputError: there are not as many weights as judgments; and see `examples_of`.
     """
-    wanted = targets[:, 1:] != IGNORED
-    return cross_entropy(logits[:, :-1][wanted].float(), targets[:, 1:][wanted])
-
-
-def learning_rate_at(step: int, config: DistillConfig) -> float:
-    """Linear rise over the warm-up, the peak until `decay_fraction` of the steps is left, then linear decay.
-
-    Step 0 is the first; no step has rate 0.
-    """
-    if step < config.num_warmup_steps:
-        return config.learning_rate * (step + 1) / config.num_warmup_steps
-    num_decay = max(1, round(config.num_steps * config.decay_fraction))
-    return config.learning_rate * min(1.0, (config.num_steps - step) / num_decay)
+    if weights is not None and len(weights) != len(judgments):
+        raise InputError(f"expected one weight per judgment ({len(judgments)}), found {len(weights)}")
+    examples = list(
+        examples_of(
+            judgments,
+            queries,
+            documents,
+            template,
+            tokens,
+            config.modes,
+            is_label_first=config.is_label_first,
+            word_dropout=config.word_dropout,
+            seed=config.seed,
+        )
+    )
+    teachable = [i for i, judgment in enumerate(judgments) if judgment.label is not None and is_teachable(judgment)]
+    return examples, [1.0 if weights is None else weights[i] for i in teachable for _ in config.modes]
 
 
 def student_tokenizer(
@@ -232,7 +336,14 @@ def _student(
     device: torch.device,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     if config.model != "tiny":
-        return load_tokenizer(config.model), load_model(config.model, device, torch.float32)
+        adapter = config.adapter
+        # Weights that are not trained are only multiplied by: on a GPU they are held as they are multiplied.
+        is_half = adapter.rank and device.type == "cuda" and is_bfloat16(config, device)
+        dtype = torch.bfloat16 if is_half else torch.float32
+        loaded = load_model(config.model, device, dtype, quantize=adapter.quantize)
+        if adapter.rank:
+            add_adapter(loaded, adapter, config.seed)
+        return load_tokenizer(config.model), loaded
     tokenizer = student_tokenizer(judgments, queries, documents, template, config.tiny.vocab_size)
     # Positions cost nothing: whatever the template's limits admit must fit.
     limits = template.limits
@@ -256,32 +367,3 @@ def _check(examples: Sequence[Example], model: PreTrainedModel) -> None:
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return cast(int, tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
-
-
-def _batches(examples: Sequence[Example], config: DistillConfig, num_done: int) -> Iterator[list[Example]]:
-    """Endless epochs in a seeded order; the order of step n does not depend on where a run was resumed.
-
-    Within a window of several batches, examples of similar length go together, so that little is padded.
-    """
-    rng = random.Random(config.seed)
-    number = 0
-    while True:
-        order = list(range(len(examples)))
-        rng.shuffle(order)
-        window = config.batch_size * 16
-        epoch: list[list[int]] = []
-        for start in range(0, len(order), window):
-            near = sorted(order[start : start + window], key=lambda i: len(examples[i].ids))
-            epoch += [near[at : at + config.batch_size] for at in range(0, len(near), config.batch_size)]
-        rng.shuffle(epoch)
-        for batch in epoch:
-            number += 1
-            if number > num_done:
-                yield [examples[i] for i in batch]
-
-
-def _autocast(config: DistillConfig, device: torch.device) -> torch.autocast | nullcontext[None]:
-    is_fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    if config.precision == "bfloat16" or (config.precision == "auto" and is_fast):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()

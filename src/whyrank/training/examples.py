@@ -6,25 +6,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-import torch
-from torch import Tensor
-
 from whyrank.errors import InputError
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.records import Document, Judgment, Mode, Query
 from whyrank.template import Template
+from whyrank.training.packing import Strand
 
-__all__ = ["IGNORED", "Example", "collate", "examples_of", "is_teachable"]
-
-IGNORED = -100  # target id that torch's cross-entropy passes over
+__all__ = ["Example", "examples_of", "is_teachable", "to_strand"]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of prompt and answer; the loss is on everything from `num_prompt` on."""
+    """Token ids of prompt and answer; the loss is on everything from `num_prompt` on.
+
+    All documents of the query share the first `num_shared` tokens. The label, terminator included, is written by the
+    tokens `[start, end)` of `label_place`; `label` is what it says.
+    """
 
     ids: tuple[int, ...]
     num_prompt: int
+    num_shared: int = 0
+    label_place: tuple[int, int] = (0, 0)
+    label: str = ""
 
 
 def examples_of(
@@ -62,10 +65,22 @@ def examples_of(
             rng = Random(f"{seed}/{number}/{mode}")
             asked = _with_dropout(query.text, word_dropout, rng)
             read = _with_dropout(_taught_text(judgment, document), word_dropout, rng)
-            prompt = tokens.prompt_ids(template.render(asked, read, tokens, mode=mode).request)
+            request = template.render(asked, read, tokens, mode=mode).request
+            prompt, num_shared = tokens.prompt_parts(request)
             written = _written(template, judgment.label, judgment.explanation, mode, is_label_first)
             answer = [*_ids(written, tokens), *sorted(tokens.eos_ids)[:1]]
-            yield Example((*prompt, *answer), len(prompt))
+            num_label = len(tokens.endings(request).labels[template.scale.labels.index(judgment.label)])
+            # The label ends the first piece of a direct answer, and the last one of an explained answer.
+            end = len(prompt) + len(_ids(written[:1] if mode == "direct" else written, tokens))
+            yield Example((*prompt, *answer), len(prompt), num_shared, (end - num_label, end), judgment.label)
+
+
+def to_strand(example: Example, label_weight: float = 1.0) -> Strand:
+    """What the loss is on: 1 for every token of the answer, `label_weight` for those of the label."""
+    start, end = example.label_place
+    weights = [0.0] * example.num_prompt + [1.0] * (len(example.ids) - example.num_prompt)
+    weights[start:end] = [label_weight] * (end - start)
+    return Strand(example.ids, tuple(weights), (example.num_shared,))
 
 
 def is_teachable(judgment: Judgment) -> bool:
@@ -124,22 +139,3 @@ def _ids(parts: Sequence[tuple[bool, str]], tokens: ChatTokens) -> list[int]:
         tokens.encode_structure(text) if is_structure else tokens.encode_text(text) for is_structure, text in parts
     )
     return [token for ids in encoded for token in ids]
-
-
-def collate(examples: Sequence[Example], pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and targets, each `(examples, longest)`, padded on the left.
-
-    Padding on the left lines the answers up at the end, so that only the last positions need logits. Targets are
-    the ids themselves where there is a loss and `IGNORED` elsewhere; the caller shifts them.
-    """
-    longest = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(examples), longest), dtype=torch.long)
-    targets = torch.full((len(examples), longest), IGNORED, dtype=torch.long)
-    for row, example in enumerate(examples):
-        length = len(example.ids)
-        ids[row, longest - length :] = torch.tensor(example.ids)
-        mask[row, longest - length :] = 1
-        num_answer = length - example.num_prompt
-        targets[row, longest - num_answer :] = ids[row, longest - num_answer :]
-    return ids, mask, targets

@@ -12,6 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
 
 from whyrank.training.config import DistillConfig
+from whyrank.training.lora import trainable_parameters
 
 __all__ = ["optimizers_of"]
 
@@ -23,15 +24,16 @@ def optimizers_of(model: PreTrainedModel, config: DistillConfig) -> tuple[Optimi
     """One optimizer, or two that share the parameters among them; their learning rate is set at every step.
 
     Args:
-        model: each of its parameters goes to exactly one optimizer.
+        model: each of its trainable parameters goes to exactly one optimizer.
         config: which ones, and the weight decay.
     """
+    trained = [parameter for _, parameter in trainable_parameters(model)]
     if config.optimizer == "adamw":
-        return (AdamW(model.parameters(), lr=0.0, betas=BETAS, weight_decay=config.weight_decay),)
+        return (AdamW(trained, lr=0.0, betas=BETAS, weight_decay=config.weight_decay),)
     # Tables of tokens and of positions; the output matrix is one, too, whether or not it is tied to the input's.
     tables = [module for module in model.modules() if isinstance(module, Embedding)]
     embeddings = {id(module.weight) for module in (*tables, model.get_output_embeddings()) if module}
-    is_matrix = {p: p.ndim == 2 and id(p) not in embeddings for p in model.parameters() if p.requires_grad}
+    is_matrix = {p: p.ndim == 2 and id(p) not in embeddings for p in trained}
     return (
         Muon([p for p, yes in is_matrix.items() if yes], lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn=SCALED),
         AdamW([p for p, yes in is_matrix.items() if not yes], lr=0.0, betas=BETAS, weight_decay=config.weight_decay),

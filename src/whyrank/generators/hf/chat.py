@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 from jinja2.exceptions import TemplateError
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from whyrank.errors import TemplateMismatch, UnsupportedModel
@@ -54,6 +54,8 @@ class ChatTokens:
         self._backend = backend
         self._plain = _without_added_tokens(backend)
         self._added = {int(i): str(token.content) for i, token in backend.get_added_tokens_decoder().items()}
+        # A text is measured, cut if it is too long, and then encoded, mostly as it was.
+        self._measure = lru_cache(maxsize=64)(self._encode_plain)
         self.encode_text = lru_cache(maxsize=4096)(self._encode_text)
         self.encode_structure = lru_cache(maxsize=4096)(self._encode_structure)
         self._layout = lru_cache(maxsize=64)(self._render_layout)
@@ -69,10 +71,13 @@ class ChatTokens:
 
     def offsets(self, text: str) -> Sequence[tuple[int, int]]:
         """Character span of every token, as measured on the whole text."""
-        return cast(Sequence[tuple[int, int]], self._plain.encode(text, add_special_tokens=False).offsets)
+        return cast(Sequence[tuple[int, int]], self._measure(text).offsets)
+
+    def _encode_plain(self, text: str) -> Encoding:
+        return self._plain.encode(text, add_special_tokens=False)
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
-        encoded = self._plain.encode(text, add_special_tokens=False)
+        encoded = self._measure(text)
         ids: list[int] = []
         for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
             written = self._added.get(token)

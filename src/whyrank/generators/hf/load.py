@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from whyrank.errors import InputError, UnsupportedModel
+from whyrank.generators.hf.adapters import Quantize, keep_differentiable, merge_from, quantization, read_adapter
 
 __all__ = [
     "DTYPES",
@@ -76,8 +77,42 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"no tokenizer could be loaded from {str(model)!r}: {_first_line(cause)}") from cause
 
 
-def load_model(model: str | Path, device: torch.device, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+def load_model(
+    model: str | Path,
+    device: torch.device,
+    dtype: torch.dtype | Literal["auto"],
+    *,
+    quantize: Quantize = "none",
+) -> PreTrainedModel:
     """A causal LM with a standard key/value cache, in evaluation mode.
+
+    A folder with an adapter gives its base with the adapter merged into it.
+
+    Args:
+        model: folder or hub id.
+        device: where it goes.
+        dtype: of the weights; of the products where they are quantised.
+        quantize: how linear layers are held, for training an adapter on them.
+
+    Raises:
+        InputError: no checkpoint with safetensors weights is there.
+        MissingExtra: peft or bitsandbytes is needed and not installed.
+        UnsupportedModel: an encoder-decoder, or a model whose layers keep another kind of state.
+    """
+    adapter = read_adapter(model)
+    if adapter is None:
+        return _load_whole(model, device, dtype, quantize)
+    if quantize != "none":
+        raise InputError(f"{model} is an adapter, which cannot be quantised; write whole weights with --merge")
+    base = load_model(adapter.base, device, dtype, quantize=adapter.quantize)
+    with without_progress_bars():
+        return merge_from(base, adapter)
+
+
+def _load_whole(
+    model: str | Path, device: torch.device, dtype: torch.dtype | Literal["auto"], quantize: Quantize
+) -> PreTrainedModel:
+    """A checkpoint with all its weights.
 
     Raises:
         InputError: no checkpoint with safetensors weights is there.
@@ -99,10 +134,16 @@ def load_model(model: str | Path, device: torch.device, dtype: torch.dtype | Lit
     architectures = list(getattr(config, "architectures", None) or [])
     if architectures and not any(architecture.endswith(GENERATIVE) for architecture in architectures):
         raise UnsupportedModel(f"{', '.join(architectures)} cannot continue a text; expected a causal language model")
+    held: dict[str, Any] = {}
+    if quantize != "none":
+        held = {
+            "quantization_config": quantization(torch.float32 if dtype == "auto" else dtype),
+            "device_map": {"": device},
+        }
     try:
         with without_progress_bars():
             found: Any = AutoModelForCausalLM.from_pretrained(
-                str(model), dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                str(model), dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **held
             )
     except (OSError, ValueError) as cause:
         raise InputError(f"{name} could not be loaded from {str(model)!r}: {_first_line(cause)}") from cause
@@ -116,7 +157,10 @@ def load_model(model: str | Path, device: torch.device, dtype: torch.dtype | Lit
             f"{missing[0]}; they would be random"
         )
     torch.nn.Module.train(loaded, False)
-    torch.nn.Module.to(loaded, device)
+    if held:
+        keep_differentiable(loaded)
+    else:
+        torch.nn.Module.to(loaded, device)
     return cast(PreTrainedModel, loaded)
 
 

@@ -1,0 +1,284 @@
+"""One round of learning: what drawn answers are worth, and the optimizer steps that follow from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from random import Random
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+from transformers import PreTrainedModel
+
+from whyrank.training import ppo_math
+from whyrank.training.examples import Example, to_strand
+from whyrank.training.lora import has_adapter, without_adapter
+from whyrank.training.packing import continuation_log_probs, pack
+from whyrank.training.refine_config import RefineConfig
+from whyrank.training.scoring import Episode, Scores, ValueHead, action_mask, score
+
+__all__ = ["Learner", "Lesson", "Updated", "example_loss"]
+
+BETAS = (0.9, 0.98)
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A round of R answers, ready to be learned from; all tensors are `(R, T)` but `weights`, `(R,)`.
+
+    `old`, `reference` and `values` are of the policy that drew the answers, before any update.
+    """
+
+    episodes: tuple[Episode, ...]
+    mask: Tensor
+    old: Tensor
+    reference: Tensor
+    values: Tensor
+    entropies: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """Means over the optimizer steps of a round; `step_kl` is that of the last one."""
+
+    policy_loss: float = 0.0
+    value_loss: float = 0.0
+    replay_loss: float = 0.0
+    clip_share: float = 0.0
+    grad_norm: float = 0.0
+    step_kl: float = 0.0
+    num_updates: int = 0
+
+
+class Learner:
+    """A network, its value head, its frozen reference, and the optimizer of both.
+
+    Args:
+        model: what is refined; kept in evaluation mode, because dropout would make ratios differ from 1.
+        config: how.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: RefineConfig) -> None:
+        self.model = model
+        self.config = config
+        self._frozen = None if has_adapter(model) else copy.deepcopy(model).requires_grad_(False)
+        hidden: int = model.config.get_text_config(decoder=True).hidden_size
+        self.head = ValueHead(hidden).to(model.device)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        head = list(self.head.parameters())
+        self.optimizer = AdamW([{"params": self.parameters}, {"params": head}], lr=0.0, betas=BETAS, weight_decay=0.0)
+
+    def prepare(self, episodes: Sequence[Episode], rewards: Sequence[float], coefficient: float) -> Lesson:
+        """Score answers under the policy and its reference, and find out how much better than expected each action was.
+
+        Args:
+            episodes: R answers, the samples of a pair one after the other.
+            rewards: one for each.
+            coefficient: price of a nat of distance from the reference.
+        """
+        config, device = self.config, self.model.device
+        with torch.no_grad():
+            old = self._scores(self.model, self.head, episodes)
+            with self._reference() as frozen:
+                reference = self._scores(frozen, None, episodes).log_probs
+        mask = action_mask(episodes, device)
+        earned = torch.tensor(rewards, device=device, dtype=torch.float32)
+        if config.algorithm == "ppo":
+            if config.is_centred and config.num_samples > 1:
+                earned = ppo_math.leave_one_out(earned.view(-1, config.num_samples)).flatten()
+            priced = ppo_math.token_rewards(earned, ppo_math.kl_k1(old.log_probs, reference), mask, coefficient)
+            advantages, returns = ppo_math.discounted_advantages(
+                priced, old.values, mask, discount=config.discount, trace=config.trace
+            )
+            if config.is_whitened:
+                advantages = ppo_math.whiten(advantages, mask)
+        elif config.algorithm == "grpo":
+            per_pair = ppo_math.group_advantages(earned.view(-1, config.num_samples), is_scaled=config.is_scaled)
+            advantages, returns = per_pair.reshape(-1, 1) * mask, torch.zeros_like(mask)
+        else:
+            advantages = returns = torch.zeros_like(mask)
+        weights = ppo_math.likelihood_weights(earned, config.reward_power)
+        return Lesson(
+            tuple(episodes), mask, old.log_probs, reference, old.values, old.entropies, advantages, returns, weights
+        )
+
+    def update(
+        self,
+        lesson: Lesson,
+        *,
+        rate: float,
+        coefficient: float,
+        is_value_only: bool,
+        replay: Callable[[], Sequence[Example]],
+        rng: Random,
+    ) -> Updated:
+        """Learn from a round in minibatches of whole pairs, epoch after epoch, until the policy has moved far enough.
+
+        Args:
+            lesson: from `prepare`.
+            rate: learning rate of the network.
+            coefficient: price of a nat; used here by grpo, whose price is part of the loss.
+            is_value_only: the policy stays as it is.
+            replay: distilled examples for one optimizer step, perhaps none.
+            rng: orders the pairs.
+        """
+        config = self.config
+        self.optimizer.param_groups[0]["lr"] = 0.0 if is_value_only else rate
+        self.optimizer.param_groups[1]["lr"] = config.value_learning_rate
+        num_pairs = len(lesson.episodes) // config.num_samples
+        done: list[Updated] = []
+        for _ in range(config.num_epochs):
+            order = list(range(num_pairs))
+            rng.shuffle(order)
+            for start in range(0, num_pairs, config.minibatch_size):
+                pairs = order[start : start + config.minibatch_size]
+                found = self._minibatch(lesson, pairs, coefficient, is_value_only, replay)
+                if found.step_kl > config.max_step_kl:
+                    self.optimizer.zero_grad(set_to_none=True)
+                    return _mean_of(done, found.step_kl)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                done.append(found)
+        return _mean_of(done, done[-1].step_kl)
+
+    def _minibatch(
+        self,
+        lesson: Lesson,
+        pairs: Sequence[int],
+        coefficient: float,
+        is_value_only: bool,
+        replay: Callable[[], Sequence[Example]],
+    ) -> Updated:
+        """Gradients of one optimizer step, accumulated over microbatches."""
+        config, samples = self.config, self.config.num_samples
+        every = [pair * samples + number for pair in pairs for number in range(samples)]
+        num_actions = int(lesson.mask[every].sum())
+        policy = value = moved = clipped = 0.0
+        for start in range(0, len(every), config.microbatch_size * samples):
+            rows = every[start : start + config.microbatch_size * samples]
+            mask = lesson.mask[rows]
+            width = int(mask.sum(dim=1).max())
+            part = _rows(lesson, rows, width)
+            with self._precision():
+                new = self._score_rows(part)
+            share = float(part.mask.sum()) / num_actions
+            losses = self._losses(new, part, coefficient, num_actions)
+            (losses[1] if is_value_only else losses[0] + losses[1]).backward()
+            policy, value = policy + float(losses[0].detach()), value + float(losses[1].detach())
+            with torch.no_grad():
+                distance = ppo_math.kl_k3(part.old, new.log_probs)
+                moved += share * float(ppo_math.masked_mean(distance, part.mask))
+                clipped += share * float(ppo_math.clip_share(new.log_probs, part.old, part.mask, clip=config.clip))
+        replayed = 0.0
+        examples = [] if is_value_only else replay()
+        if examples:
+            with self._precision():
+                loss = example_loss(self.model, examples)
+            (config.replay_weight * loss).backward()
+            replayed = float(loss.detach())
+        norm = float(clip_grad_norm_(self.parameters, config.max_grad_norm))
+        clip_grad_norm_(self.head.parameters(), config.max_grad_norm)
+        return Updated(policy, value, replayed, clipped, norm, moved, 1)
+
+    def _losses(self, new: Scores, part: Lesson, coefficient: float, num_actions: int) -> tuple[Tensor, Tensor]:
+        """Policy loss and value loss of some rows, as their parts of the whole minibatch."""
+        config, mask = self.config, part.mask
+        none = torch.zeros((), device=mask.device)
+        if config.algorithm == "rwl":
+            return ppo_math.likelihood_loss(new.log_probs, part.weights, mask, num_actions=num_actions), none
+        policy = ppo_math.policy_loss(
+            new.log_probs, part.old, part.advantages, mask, clip=config.clip, num_actions=num_actions
+        )
+        if config.entropy_bonus:
+            policy = policy - config.entropy_bonus * (new.entropies * mask).sum() / num_actions
+        if config.algorithm == "grpo":
+            distance = ppo_math.kl_k3(new.log_probs, part.reference) * mask
+            return policy + coefficient * distance.sum() / num_actions, none
+        value = ppo_math.value_loss(
+            new.values, part.values, part.returns, mask, clip=config.value_clip, num_actions=num_actions
+        )
+        return policy, value
+
+    def _scores(self, model: PreTrainedModel, head: ValueHead | None, episodes: Sequence[Episode]) -> Scores:
+        """Scores of a whole round, a microbatch at a time, put together in one table."""
+        size = self.config.microbatch_size * self.config.num_samples
+        mask = action_mask(episodes)
+        with self._precision():
+            parts = [
+                score(model, head, episodes[start : start + size], self.config.temperature)
+                for start in range(0, len(episodes), size)
+            ]
+
+        def table(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat([torch.nn.functional.pad(found, (0, mask.shape[1] - found.shape[1])) for found in tensors])
+
+        return Scores(
+            table([part.log_probs for part in parts]),
+            table([part.values for part in parts]),
+            table([part.entropies for part in parts]),
+            torch.cat([part.labels for part in parts]),
+        )
+
+    def _score_rows(self, part: Lesson) -> Scores:
+        head = self.head if self.config.algorithm == "ppo" else None
+        has_bonus = self.config.entropy_bonus > 0
+        return score(self.model, head, part.episodes, self.config.temperature, has_entropy_gradient=has_bonus)
+
+    @contextmanager
+    def _reference(self) -> Iterator[PreTrainedModel]:
+        """The policy that was distilled: a copy, or the same network with its adapter off."""
+        if self._frozen is not None:
+            yield self._frozen
+            return
+        with without_adapter(self.model):
+            yield self.model
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        is_half = self.config.precision == "bfloat16"
+        with torch.autocast(self.model.device.type, torch.bfloat16) if is_half else nullcontext():
+            yield
+
+
+def example_loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
+    """Mean negative log-likelihood of distilled answers in nats per token, as in distillation."""
+    strands = [to_strand(found) for found in examples]
+    return -continuation_log_probs(model, pack(strands, model.device)).mean()
+
+
+def _rows(lesson: Lesson, rows: Sequence[int], width: int) -> Lesson:
+    """Some answers of a lesson, as wide as the longest of them."""
+    chosen = list(rows)
+    return Lesson(
+        episodes=tuple(lesson.episodes[row] for row in chosen),
+        mask=lesson.mask[chosen, :width],
+        old=lesson.old[chosen, :width],
+        reference=lesson.reference[chosen, :width],
+        values=lesson.values[chosen, :width],
+        entropies=lesson.entropies[chosen, :width],
+        advantages=lesson.advantages[chosen, :width],
+        returns=lesson.returns[chosen, :width],
+        weights=lesson.weights[chosen],
+    )
+
+
+def _mean_of(done: Sequence[Updated], step_kl: float) -> Updated:
+    if not done:
+        return Updated(step_kl=step_kl)
+    return Updated(
+        policy_loss=fmean(found.policy_loss for found in done),
+        value_loss=fmean(found.value_loss for found in done),
+        replay_loss=fmean(found.replay_loss for found in done),
+        clip_share=fmean(found.clip_share for found in done),
+        grad_norm=fmean(found.grad_norm for found in done),
+        step_kl=step_kl,
+        num_updates=len(done),
+    )
