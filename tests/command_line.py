@@ -63,7 +63,7 @@ def run(*words: str, stdin: str | None = None) -> Result:
 def run_json(*words: str, code: int = 0) -> Any:
     """What `--json` prints on standard output, alone."""
     result = run(*words, "--json")
-    assert result.exit_code == code, result.output
+    assert result.exit_code == code, f"{result.output}{result.exception!r}"
     return json.loads(result.stdout)
 
 

@@ -122,7 +122,7 @@ RankingModeOption = Annotated[
     RankingMode,
     typer.Option(
         help="explain: reason, then label; direct: label at once; auto: direct for all, reasons where they can change "
-        "the first places (see whyrank calibrate)."
+        "the first places (needs a calibrated checkpoint)."
     ),
 ]
 AutoTopK = Annotated[

@@ -213,7 +213,7 @@ def attend(
         `(1, tokens, heads, head size)`, and no weights.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    queries, keys, values = query[0], key[0], value[0]
+    queries, keys, values = query[0], key[0].to(query.dtype), value[0].to(query.dtype)  # under autocast they differ
     packing.pool.prepare(layer, keys, values)
     if packing.single:
         num_single = len(packing.single)
