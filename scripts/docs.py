@@ -204,6 +204,7 @@ GENERATORS: Mapping[str, Callable[[str, str], str]] = {
     "fairness": tables.fairness,
     "embedded": tables.embedded,
     "auto": tables.auto,
+    "precision": tables.precision,
 }
 MARKED = re.compile(
     rf"(?P<begin><!-- (?P<kind>{'|'.join(GENERATORS)})(?:: (?P<what>[^\n]+?))? -->\n)"

@@ -8,7 +8,7 @@ from typing import Any
 
 from provenance import RESULTS
 
-__all__ = ["auto", "code", "demo", "embedded", "explaining", "fairness", "reproduction", "table"]
+__all__ = ["auto", "code", "demo", "embedded", "explaining", "fairness", "precision", "reproduction", "table"]
 
 MEASURE = "nDCG@10"
 
@@ -121,6 +121,21 @@ def auto(what: str, body: str) -> str:
     ends = (f"`explain` {explain[MEASURE]:.3f} with {explain['tokens']:.0f} tokens", f"`direct` {direct[MEASURE]:.3f}")
     queries = f"{case['num_queries']} queries with {case['num_candidates']} candidates"
     return table(head, rows) + _provenance(recorded, queries, *ends)
+
+
+def precision(what: str, body: str) -> str:
+    """Narrow products against float32 on the shipped model."""
+    recorded = _recorded("precision.json")
+    rows = [
+        (
+            *(row["mode"], row["dtype"], f"{row['largest_error_same_explanation']:.4f}", f"{row['mean_error']:.4f}"),
+            *(f"{row['other_explanation']:.1%}", f"{row['other_label']:.1%}", f"{row[MEASURE]:.3f}"),
+        )
+        for row in recorded["rows"]
+    ]
+    head = ("mode", "dtype", "largest error of a label's probability, same explanation", "mean error, all pairs")
+    pairs = f"{recorded['rows'][0]['num_pairs']:,} pairs"
+    return table((*head, "other explanation", "other label", MEASURE), rows) + _provenance(recorded, pairs)
 
 
 def _recorded(name: str) -> dict[str, Any]:
