@@ -18,7 +18,7 @@ class DemoConfig:
 
     domains: tuple[str, ...] = ("houseplants", "bicycle", "bread")
     """Domains of the almanac that the students are trained on and tested with."""
-    num_steps: int = 360
+    num_steps: int = 320
     """Optimizer steps of the explaining student."""
     num_train_queries: int = 2000
     """Queries that training pairs are drawn from."""
