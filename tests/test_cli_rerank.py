@@ -319,3 +319,11 @@ def test_a_service_that_does_not_run_is_named_and_leaves_no_run() -> None:
         assert f"whyrank: no answer at all: {num_pairs} {reason}" in err
     assert not Path("out/run.trec").exists()
     assert json.loads(Path("out/manifest.json").read_text())["is_finished"] is False
+
+
+@pytest.mark.usefixtures("here")
+def test_a_memory_that_is_no_size_is_wrong_use() -> None:
+    """Told before a model is looked for."""
+    done = process("rerank", "--run", "run.trec", *TEXTS, "--model", "hf:nowhere", "--memory", "much", "-o", "out")
+    assert done.returncode == 2
+    assert "expected a size of memory such as 4GiB" in " ".join(done.stderr.split())

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from whyrank.errors import UnsupportedModel
+from whyrank.generators.hf import linears
 from whyrank.generators.hf.linears import GatedMlp, Int8Linear, PackedLinear, is_available, pack, quantize_rows
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -132,3 +133,16 @@ def test_an_mlp_is_fused_only_where_its_results_stay_the_same(activation: str, i
         after = model.model.layers[0].mlp(rows)
     assert isinstance(model.model.layers[0].mlp, GatedMlp) == (activation != "relu")
     torch.testing.assert_close(after, before, atol=(0.05 if int8 else 1e-5) * float(before.abs().max()), rtol=0)
+
+
+def test_8_bit_products_are_offered_only_where_the_largest_ones_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that adds pairs of products in 16 bits loses what is over 32,767: 2 x 255 x 127 would be."""
+    real = Int8Linear.forward
+
+    def saturating(self: Int8Linear, rows: torch.Tensor) -> torch.Tensor:
+        return real(self, rows) * 32767 / (2 * 255 * 127)
+
+    monkeypatch.setattr(Int8Linear, "forward", saturating)
+    linears._has_exact_int8.cache_clear()
+    assert not is_available(int8=True)
+    linears._has_exact_int8.cache_clear()

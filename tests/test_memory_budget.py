@@ -15,7 +15,8 @@ from tests.checkpoints import save_checkpoint
 from whyrank.errors import GenerationError, InputError
 from whyrank.generators import Completion, Request, Sampling
 from whyrank.generators.hf import HfGenerator
-from whyrank.generators.hf.memory import Footprint, read_size
+from whyrank.generators.hf.memory import Footprint
+from whyrank.generators.opening import ModelOptions
 from whyrank.template import Template
 
 TEMPLATE = Template.load("explain-0-2")
@@ -25,13 +26,13 @@ TEMPLATE = Template.load("explain-0-2")
     ("text", "size"), [("4GiB", 4 * 2**30), ("800MB", 800_000_000), ("1.5 KiB", 1536), ("100000", 100_000)]
 )
 def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert read_size(text) == size
+    assert ModelOptions(memory=text).num_bytes() == size
 
 
 @pytest.mark.parametrize("text", ["four", "4 XB", ""])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="expected a size of memory such as 4GiB"):
-        read_size(text)
+        ModelOptions(memory=text)
 
 
 def test_a_footprint_is_counted_from_the_shape() -> None:
@@ -147,3 +148,24 @@ def test_a_process_keeps_to_its_budget(tmp_path: Path) -> None:
     budget = 64 * 2**20
     assert taken(0) > 1.3 * budget
     assert taken(budget) <= 1.1 * budget
+
+
+def test_a_longer_shared_beginning_is_planned_for_when_it_comes(generator: HfGenerator) -> None:
+    """The second query comes when the slots have been counted for the first, whose instruction and query are short."""
+    short, long = requests_about(generator, "why", 20), requests_about(generator, "why asks the fox " * 60, 1)
+    prefixes = [generator.tokens.prompt_parts(request)[1] for request in (short[0], long[0])]
+    footprint = Footprint.of(generator.model)
+    for_short = 2 * prefixes[0] * footprint.cached_token
+    for_long = 2 * prefixes[1] * footprint.cached_token
+    few = replace(generator, batch_size=1)  # reads eight ahead
+
+    def budget(shared: int) -> int:
+        longest = max(len(generator.tokens.prompt_ids(request)) for request in short) - prefixes[0]
+        capacity = 64 * -(-(longest + 20) // 64)
+        attended = 5 * capacity * (capacity + prefixes[1])
+        slot = capacity * footprint.cached_token + footprint.logits_row + footprint.pass_token
+        return (512 + capacity) * footprint.pass_token + attended + shared + slot
+
+    assert [one.error for one in answers(replace(few, memory=budget(for_long)), [*short, *long])] == [None] * 21
+    with pytest.raises(GenerationError, match="too little for one answer"):
+        answers(replace(few, memory=budget(for_short)), [*short, *long])

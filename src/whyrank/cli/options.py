@@ -200,7 +200,7 @@ def model_options(context: typer.Context, model: str | None) -> ModelOptions:
     """What a verb was given for loading its model: the parameters that bear the names of the attributes.
 
     Raises:
-        typer.BadParameter: an option was given that the model's backend has no use for.
+        typer.BadParameter: an option was given that the model's backend has no use for, or a value that means nothing.
     """
     names = [option.name for option in fields(ModelOptions)]
     backend, useful = options_of(model)
@@ -213,7 +213,8 @@ def model_options(context: typer.Context, model: str | None) -> ModelOptions:
             f"{', '.join(idle)}: without effect on {model or 'the demo model'}, leave it out; a model of the kind "
             f"{backend} takes {rest}"
         )
-    return ModelOptions(**{name: context.params[name] for name in names})
+    with as_usage_error():
+        return ModelOptions(**{name: context.params[name] for name in names})
 
 
 def passage_options(context: typer.Context) -> LongDocuments | Passages:

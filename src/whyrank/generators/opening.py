@@ -11,6 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
 from whyrank.calibration import Calibration
 from whyrank.checkpoint import CARD_NAME, Card, read_card
 from whyrank.errors import InputError, require
@@ -55,6 +57,21 @@ class ModelOptions:
     """Read the label distribution from an endpoint's log-probabilities, where it offers them."""
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """How an endpoint names the cap of an answer's length; some services refuse max_tokens."""
+
+    def __post_init__(self) -> None:
+        """Refuse a size that cannot be read now, not after a model has been loaded."""
+        self.num_bytes()
+
+    def num_bytes(self) -> int | None:
+        """`memory` in bytes, from such as `4GiB`, `800MB` or `100000`.
+
+        Raises:
+            InputError: it is not a size.
+        """
+        try:
+            return None if self.memory is None else TypeAdapter(ByteSize).validate_python(self.memory)
+        except ValidationError as cause:
+            raise InputError(f"expected a size of memory such as 4GiB or 800MB, found {self.memory!r}") from cause
 
 
 OPTIONS = {
@@ -179,14 +196,13 @@ def _open_hf(
     if not Path(model).is_dir():
         _require_on_hub(str(model))
     from whyrank.generators.hf import HfGenerator
-    from whyrank.generators.hf.memory import read_size
 
     generator = HfGenerator.load(
         model,
         device=options.device,
         dtype=options.dtype,
         batch_size=options.batch_size,
-        memory=None if options.memory is None else read_size(options.memory),
+        memory=options.num_bytes(),
         name=name.rstrip("/"),
     )
     card = _find_card(model, is_template_given=template is not None)

@@ -29,7 +29,8 @@ from whyrank.generators.hf.memory import Footprint
 __all__ = ["Answer", "Engine", "rounded_up"]
 
 BATCHES_READ_AHEAD, MOST_READ_AHEAD = 8, 512
-MAX_PASS_TOKENS = 512  # of prompts in one pass, so that activations stay small
+# Of prompts in one pass: on a CPU activations should stay in the caches, elsewhere passes should be worth starting.
+MAX_PASS_TOKENS, MAX_PASS_TOKENS_ON_CPU = 2048, 512
 CAPACITY_STEP = 64  # pools are made a little larger than needed, so that a slightly longer document fits, too
 Tokens = tuple[int, ...]
 
@@ -121,6 +122,7 @@ class Engine:
         self._eos_ids = eos_ids
         self._num_slots = num_slots
         self._memory = memory
+        self._max_pass_tokens = MAX_PASS_TOKENS_ON_CPU if model.device.type == "cpu" else MAX_PASS_TOKENS
         self._pool = Pool(0, 0)
         self._num_shareable = 0
         self._shared: dict[Tokens, Store] = {}  # by all tokens up to and including theirs
@@ -171,10 +173,10 @@ class Engine:
     def _admit(self, waiting: list[Answer], active: list[Answer]) -> list[_Task]:
         """Let in as many as there are slots for and a pass has room for; returns what fills new shared stores."""
         fills: list[_Task] = []
-        room = MAX_PASS_TOKENS
+        room = self._max_pass_tokens
         while waiting and room > 0:
             answer = waiting[0]
-            if answer.num_needed > self._pool.capacity:
+            if not self._was_planned_for(answer):
                 if active:
                     break  # a larger pool can only be made when this one is empty
                 self._pool = Pool(0, 0)  # gives its memory back before more is taken
@@ -197,10 +199,15 @@ class Engine:
             self._memory,
             capacity=capacity,
             num_shared=self._num_shareable // 2,
-            num_pass_tokens=MAX_PASS_TOKENS + capacity,
+            num_pass_tokens=self._max_pass_tokens + capacity,
             most=self._num_slots,
         )
         return Pool(num_slots, capacity)
+
+    def _was_planned_for(self, answer: Answer) -> bool:
+        """Whether the answer fits into a slot, and what it shares into what the memory was divided for."""
+        fits = answer.num_needed <= self._pool.capacity
+        return fits and (self._memory is None or 2 * self._num_shared(answer) <= self._num_shareable)
 
     def _num_shared(self, answer: Answer) -> int:
         """Tokens that an answer's shared stores hold."""

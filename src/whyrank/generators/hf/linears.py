@@ -13,6 +13,7 @@ are summed as 32-bit integers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Literal, cast, get_args
 
 import torch
@@ -124,10 +125,26 @@ class GatedMlp(torch.nn.Module):
 
 
 def is_available(*, int8: bool) -> bool:
-    """Whether this build of torch has the products for this machine."""
+    """Whether this build of torch has the products for this machine, and they are right.
+
+    Processors without instructions of their own for 8-bit products add pairs of them in 16 bits, where large values
+    overflow unnoticed. So the largest there are are multiplied.
+    """
     if not torch.backends.mkldnn.is_available():
         return False
-    return not int8 or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return not int8 or _has_exact_int8()
+
+
+@cache
+def _has_exact_int8() -> bool:
+    linear = torch.nn.Linear(64, 32, bias=False)
+    torch.nn.init.ones_(linear.weight)
+    with torch.inference_mode():
+        try:
+            found = Int8Linear(linear)(torch.ones(2, 64))
+        except (NotImplementedError, RuntimeError):
+            return False
+    return bool(torch.allclose(found, torch.full((2, 32), 64.0)))
 
 
 def pack(model: PreTrainedModel, *, int8: bool = False) -> int:

@@ -10,28 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
-from whyrank.errors import GenerationError, InputError
+from whyrank.errors import GenerationError
 
-__all__ = ["Footprint", "read_size"]
+__all__ = ["Footprint"]
 
 MASK_BYTES = 5  # per token of a prompt and token that it might attend to: whether it does, and what is added
 LOGITS_COPIES = 3
-
-
-def read_size(text: str) -> int:
-    """Bytes, from such as `4GiB`, `800MB` or `100000`.
-
-    Raises:
-        InputError: it is not a size.
-    """
-    try:
-        found: int = TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError as cause:
-        raise InputError(f"expected a size of memory such as 4GiB or 800MB, found {text!r}") from cause
-    return found
 
 
 @dataclass(frozen=True, slots=True)
