@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -296,6 +296,25 @@ def test_a_state_of_another_run_is_refused(student: Path, tmp_path: Path) -> Non
     run(student, tmp_path / "out", num_steps=1)
     with pytest.raises(InputError, match="holds a checkpoint trained on other data"):
         run(student, tmp_path / "out", num_steps=2)
+
+
+def test_a_student_that_was_distilled_anew_is_another_one(student: Path, tmp_path: Path) -> None:
+    """The folder of the student is the same; its weights are not, so what is in `out` came from another start."""
+    copy = Path(shutil.copytree(student, tmp_path / "student"))
+    run(copy, tmp_path / "out", num_steps=1)
+    changed = weights(copy)
+    changed["model.norm.weight"] += 0.1
+    save_file(changed, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="holds a checkpoint trained on other data"):
+        run(copy, tmp_path / "out", num_steps=1)
+
+
+def test_a_kill_behind_the_last_write_leaves_no_rubbish(student: Path, tmp_path: Path) -> None:
+    done = run(student, tmp_path / "out", num_steps=1)
+    for leftover in ("state", "best"):
+        (done.checkpoint / leftover).mkdir()
+    assert run(student, tmp_path / "out", num_steps=1).history == done.history
+    assert not [name for name in ("state", "best") if (done.checkpoint / name).exists()]
 
 
 def test_missing_texts_and_evidence_are_named(student: Path, tmp_path: Path) -> None:

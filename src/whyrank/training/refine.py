@@ -23,7 +23,7 @@ from whyrank.checkpoint import CARD_NAME, Card, read_card
 from whyrank.errors import InputError
 from whyrank.generators.hf import HfGenerator
 from whyrank.generators.hf.chat import ChatTokens
-from whyrank.generators.hf.load import load_model, load_tokenizer, resolve_device
+from whyrank.generators.hf.load import load_model, load_tokenizer, resolve_device, weights_digest
 from whyrank.records import Document, Mode, Query
 from whyrank.store import JsonlAppender, content_key, read_jsonl
 from whyrank.template import Template
@@ -110,13 +110,13 @@ def refine(
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     _check(data)
-    identity = _identity(str(model), data, template, config)
-    finished = _finished_before(out, identity, data)
-    if finished is not None:
-        return finished
     device = resolve_device(config.device)
     tokenizer = load_tokenizer(model)
     network = load_model(model, device, torch.float32, quantize=config.adapter.quantize)
+    identity = _identity(weights_digest(network), data, template, config)
+    finished = _finished_before(out, identity, data)
+    if finished is not None:
+        return finished
     if config.adapter.rank:
         add_adapter(network, config.adapter, config.seed)
     run = _Run(network, tokenizer, data, template, out, config, modes, identity)
@@ -353,11 +353,15 @@ def _check(data: RefineData) -> None:
             raise InputError(f"the pair ({query_id}, {doc_id}): {missing} is not in the given files")
 
 
-def _identity(model: str, data: RefineData, template: Template, config: RefineConfig) -> str:
-    """A digest of everything that decides how the run ends."""
+def _identity(start: str, data: RefineData, template: Template, config: RefineConfig) -> str:
+    """A digest of everything that decides how the run ends.
+
+    `start` tells the weights to begin with, not where they lie: a folder may be distilled into anew. Pairs are drawn
+    in the order of the evidence, so that order counts.
+    """
     texts = {q: data.queries[q].text for q, _ in data.evidence if q in data.queries}
     documents = {d: data.documents[d].full_text for _, d in data.evidence if d in data.documents}
-    parts = (model, template.version, repr(config), repr(sorted(data.evidence.items())), repr(sorted(texts.items())))
+    parts = (start, template.version, repr(config), repr(list(data.evidence.items())), repr(sorted(texts.items())))
     return content_key(
         *parts, repr(sorted(documents.items())), repr(data.replay), data.dev.key if data.dev is not None else ""
     )
@@ -376,6 +380,8 @@ def _finished_before(out: Path, identity: str, data: RefineData) -> Refined | No
         raise InputError(
             f"{out} holds a checkpoint trained on other data or with other options; remove it, or choose another folder"
         )
+    for leftover in ("state", "best"):  # of a run that was killed behind its last write
+        remove_state(out / leftover)
     history = tuple(read_jsonl(out / METRICS_NAME, RefineStep))
     outcome = told["first_dev"], told["best_dev"], told["best_step"], told["alarm"]
     return Refined(out, len(data.evidence), *outcome, history)
