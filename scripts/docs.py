@@ -205,6 +205,7 @@ GENERATORS: Mapping[str, Callable[[str, str], str]] = {
     "embedded": tables.embedded,
     "auto": tables.auto,
     "precision": tables.precision,
+    "speed": tables.speed,
 }
 MARKED = re.compile(
     rf"(?P<begin><!-- (?P<kind>{'|'.join(GENERATORS)})(?:: (?P<what>[^\n]+?))? -->\n)"

@@ -84,7 +84,8 @@ REFINEMENTS = {
     "rwl": replace(REFINE, algorithm="rwl"),
     "ppo-with-ranking-gain": replace(REFINE, rewards=("agreement=1", "ranking_gain=1")),
 }
-SYSTEMS = ("teacher", "distilled", "ppo", "supervised", "rejection", "grpo", "rwl", "ppo-with-ranking-gain")
+SYSTEMS = ("teacher", "distilled", "ppo", "grpo", "supervised", "rejection", "rwl", "ppo-with-ranking-gain")
+NUM_FIRST = 4
 AT_OTHER_LEVELS = ("teacher", "distilled", "ppo")
 PairIds = tuple[str, str]
 
@@ -132,11 +133,10 @@ class Job:
 
 
 def all_jobs() -> list[Job]:
-    """The first seed comes first, whole; then other levels of noise; then the other seeds."""
-    first, *others = SEEDS
-    order = [Job(system, "default", first) for system in SYSTEMS]
-    order += [Job(system, level, first) for level in ("low", "high") for system in AT_OTHER_LEVELS]
-    return order + [Job(system, "default", seed) for seed in others for system in SYSTEMS]
+    """Whole rows first: what matters most for every seed, then the rest of them, then other levels of noise."""
+    order = [Job(system, "default", seed) for seed in SEEDS for system in SYSTEMS[:NUM_FIRST]]
+    order += [Job(system, "default", seed) for seed in SEEDS for system in SYSTEMS[NUM_FIRST:]]
+    return order + [Job(system, level, SEEDS[0]) for level in ("low", "high") for system in AT_OTHER_LEVELS]
 
 
 class World:

@@ -8,7 +8,7 @@ from typing import Any
 
 from provenance import RESULTS
 
-__all__ = ["auto", "code", "demo", "embedded", "explaining", "fairness", "precision", "reproduction", "table"]
+__all__ = ["auto", "code", "demo", "embedded", "explaining", "fairness", "precision", "reproduction", "speed", "table"]
 
 MEASURE = "nDCG@10"
 
@@ -136,6 +136,20 @@ def precision(what: str, body: str) -> str:
     head = ("mode", "dtype", "largest error of a label's probability, same explanation", "mean error, all pairs")
     pairs = f"{recorded['rows'][0]['num_pairs']:,} pairs"
     return table((*head, "other explanation", "other label", MEASURE), rows) + _provenance(recorded, pairs)
+
+
+def speed(what: str, body: str) -> str:
+    """Speed against plain `generate`, for every workload, dtype and system."""
+    recorded = _recorded("rerank-speed.json")
+    rows = [
+        (
+            *(row["workload"], row["model"], row["dtype"], row["system"], f"{row['documents_per_second']:.2f}"),
+            *(f"{row['ratio']:.2f}", f"{row['roofline']:.0%}", f"{row['peak_rss_mb']:.0f}"),
+        )
+        for row in recorded["rows"]
+    ]
+    head = ("workload", "model", "dtype", "system", "documents/s", "ratio", "roofline", "peak memory MB")
+    return table(head, rows) + _provenance(recorded, f"{recorded['cpu']}, threads: {recorded['num_threads']}")
 
 
 def _recorded(name: str) -> dict[str, Any]:

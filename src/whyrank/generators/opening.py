@@ -40,7 +40,8 @@ class ModelOptions:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where an hf model runs; auto prefers CUDA, then MPS, then the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-    """Weights of an hf model; auto is bfloat16 on CUDA and float32 elsewhere, int8 is for CPUs."""
+    """Weights of an hf model; auto is bfloat16 on CUDA, on CPUs that multiply it if the checkpoint has it, and else
+    float32; int8 is for CPUs."""
     batch_size: int | None = None
     """Answers that an hf model writes at once; by default 32, or as many as --memory has room for."""
     memory: str | None = None

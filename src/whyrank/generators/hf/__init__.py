@@ -66,7 +66,7 @@ class HfGenerator:
         Args:
             model: folder or hub id; weights must be safetensors.
             device: `auto` prefers CUDA, then MPS, then the CPU.
-            dtype: `auto` is bfloat16 on CUDA and float32 elsewhere; `int8` is for CPUs (`linears.py`).
+            dtype: see `resolve_dtype`; `int8` is for CPUs (`linears.py`).
             batch_size: answers that are written at once, at most.
             memory: bytes to take on top of the weights.
             name: how judgments call the model; by default what was given as `model`. A digest of the weights is
@@ -77,7 +77,7 @@ class HfGenerator:
             UnsupportedModel: an architecture or tokenizer that cannot be run correctly.
         """
         place = resolve_device(device)
-        loaded = load_model(model, place, resolve_dtype(dtype, place))
+        loaded = load_model(model, place, resolve_dtype(dtype, place, model))
         check_replaceable(loaded)
         named = f"{name or model}@{weights_digest(loaded)}" + ("-int8" if dtype == "int8" else "")
         if dtype == "int8" and not is_available(int8=True):

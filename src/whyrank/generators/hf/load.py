@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from whyrank.errors import InputError, UnsupportedModel
@@ -21,6 +29,7 @@ __all__ = [
     "Dtype",
     "load_model",
     "load_tokenizer",
+    "multiplies_bfloat16",
     "resolve_device",
     "resolve_dtype",
     "weights_digest",
@@ -49,20 +58,51 @@ def resolve_device(device: Device) -> torch.device:
     return torch.device(device)
 
 
-def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype | Literal["auto"]:
-    """What weights are loaded in: `auto` is bfloat16 on CUDA and float32 elsewhere; 8-bit ones are made of what the
-    checkpoint holds, which transformers calls "auto".
+def resolve_dtype(dtype: Dtype, device: torch.device, model: str | Path) -> torch.dtype | Literal["auto"]:
+    """What weights are loaded in; 8-bit ones are made of what the checkpoint holds, which transformers calls "auto".
+
+    `auto` is bfloat16 where both the checkpoint and the machine have it (on CUDA whatever the checkpoint has, and
+    float16 on cards that know no bfloat16), else float32: nothing is rounded that was not rounded before, and nothing
+    is multiplied in a format that the processor only imitates.
 
     Raises:
-        InputError: 8-bit weights on another device than a CPU.
+        InputError: 8-bit weights on another device than a CPU, or no checkpoint is there.
     """
     if dtype == "int8":
         if device.type != "cpu":
             raise InputError(f"--dtype int8 runs on CPUs, not on {device.type}; use bfloat16 there")
         return "auto"
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[dtype]
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    is_native = device.type == "cpu" and multiplies_bfloat16()
+    return torch.bfloat16 if is_native and _stored_dtype(model) == torch.bfloat16 else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16 (AVX-512 BF16 or AMX), by its own account."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False  # torch asks x86 processors only
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _stored_dtype(model: str | Path) -> torch.dtype | None:
+    """What a checkpoint says its weights are; an adapter's base is asked."""
+    adapter = read_adapter(model)
+    if adapter is not None:
+        return _stored_dtype(adapter.base)
+    stated = _read_config(model).get_text_config(decoder=True).dtype
+    return stated if isinstance(stated, torch.dtype) else None
+
+
+def _read_config(model: str | Path) -> PretrainedConfig:
+    try:
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(str(model), trust_remote_code=False))
+    except (OSError, ValueError, KeyError) as cause:
+        raise InputError(
+            f"expected a folder with a Hugging Face checkpoint or a hub id, found {str(model)!r}: {_first_line(cause)}"
+        ) from cause
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
@@ -118,12 +158,7 @@ def _load_whole(
         InputError: no checkpoint with safetensors weights is there.
         UnsupportedModel: an encoder-decoder, or a model whose layers keep another kind of state.
     """
-    try:
-        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as cause:
-        raise InputError(
-            f"expected a folder with a Hugging Face checkpoint or a hub id, found {str(model)!r}: {_first_line(cause)}"
-        ) from cause
+    config = _read_config(model)
     name = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; whyrank runs decoder-only causal language models")
