@@ -5,11 +5,12 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 # One thread per process: the models of the tests are tiny, and threads only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo demo-smoke results test test-slow mutants check docs constraints clean
+.PHONY: help demo demo-smoke results refining test test-slow mutants check docs constraints clean
 
 help:
 	@echo "make demo         train two tiny students on the embedded almanac and compare them (minutes, CPU)"
 	@echo "make results      train the fifteen students of the full table (hours; says how long, can be interrupted)"
+	@echo "make refining     refine students beyond their teacher, the whole table (hours; can be interrupted)"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the longer ones too"
 	@echo "make mutants      change the mathematics of refinement in small ways; its tests should notice"
@@ -45,6 +46,9 @@ demo-smoke: .venv/installed-all
 results: .venv/installed-all
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/explaining_table.py out/explaining
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/fairness.py
+
+refining: .venv/installed-all
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/refining_table.py out/refining
 
 test: .venv/installed-dev
 	$(PYTEST) -n 2

@@ -205,6 +205,7 @@ GENERATORS: Mapping[str, Callable[[str, str], str]] = {
     "embedded": tables.embedded,
     "auto": tables.auto,
     "precision": tables.precision,
+    "refining": tables.refining,
     "speed": tables.speed,
 }
 MARKED = re.compile(

@@ -6,7 +6,7 @@
 A teacher that errs systematically, links of which one in ten leads astray, and students of one network, three seeds; a
 seed changes the teacher's mistakes, texts, links and weights, but not the test queries. Every student's figures are
 written to results/refining/ as soon as it is measured; students whose figures are there, made with the same settings,
-are not trained again. results/refining.json sums them up.
+are not trained again. results/refining.json sums them up; the demo shows a copy.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from whyrank.almanac import Collection, build
 from whyrank.almanac.links import LinksConfig, answer_links
 from whyrank.almanac.teacher import TeacherConfig, teacher_judgments
 from whyrank.demo.config import RECIPE, DemoConfig
+from whyrank.demo.recorded import RECORDED_NAME
 from whyrank.demo.systems import MEASURE, bootstrap_interval, candidates_of, loaded, per_query, student_row
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.hf.load import load_tokenizer
@@ -318,7 +319,9 @@ def main(work: Path, num_workers: int, *, is_summary: bool) -> None:
     sys.stdout.write(f"{len(missing)} of {len(all_jobs())} rows are to be measured, {num_workers} at a time\n")
     train_all(missing, work, num_workers)
     rows, gains = summary()
-    write_result(RESULTS / "refining.json", {**provenance("make refining"), "rows": rows, "gains": gains})
+    kept = {**provenance("make refining"), "rows": rows, "gains": gains}
+    for path in (RESULTS / "refining.json", ROOT / "src" / "whyrank" / "demo" / RECORDED_NAME):
+        write_result(path, kept)
 
 
 def train_all(waiting: list[Job], work: Path, num_workers: int) -> None:

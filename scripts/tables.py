@@ -8,7 +8,19 @@ from typing import Any
 
 from provenance import RESULTS
 
-__all__ = ["auto", "code", "demo", "embedded", "explaining", "fairness", "precision", "reproduction", "speed", "table"]
+__all__ = [
+    "auto",
+    "code",
+    "demo",
+    "embedded",
+    "explaining",
+    "fairness",
+    "precision",
+    "refining",
+    "reproduction",
+    "speed",
+    "table",
+]
 
 MEASURE = "nDCG@10"
 
@@ -136,6 +148,49 @@ def precision(what: str, body: str) -> str:
     head = ("mode", "dtype", "largest error of a label's probability, same explanation", "mean error, all pairs")
     pairs = f"{recorded['rows'][0]['num_pairs']:,} pairs"
     return table((*head, "other explanation", "other label", MEASURE), rows) + _provenance(recorded, pairs)
+
+
+def refining(what: str, body: str) -> str:
+    """Students past their teacher: the `table` at the usual noise, the `gains` over teacher and parent, or other
+    levels of `noise`; `short` is the table with what matters most."""
+    recorded = _recorded("refining.json")
+    rows: list[tuple[str, ...]] = []
+    if what == "gains":
+        gains: dict[tuple[str, str], dict[str, str]] = {}
+        for gain in recorded["gains"]:
+            shown = _with_interval(gain[MEASURE], gain["interval"])
+            gains.setdefault((gain["teacher_noise"], gain["system"]), {"runs": str(gain["runs"])})[gain["over"]] = shown
+        for (level, system), found in gains.items():
+            rows.append((level, system, found["runs"], found.get("teacher", "-"), found.get("distilled", "-")))
+        head: tuple[str, ...] = ("noise of the teacher", "system", "seeds", "minus teacher", "minus distilled")
+        return table(head, rows) + _provenance(recorded)
+    for row in recorded["rows"]:
+        is_usual = row["teacher_noise"] == "default"
+        if (what == "noise") == is_usual or (what == "short" and row["system"] not in SHORT):
+            continue
+        seeds = " ".join(f"{value:.3f}" for value in row["seeds"])
+        numbers = (_number(row["label_accuracy"], 3), _number(row["tokens_per_document"], 1))
+        first = (row["teacher_noise"], row["system"]) if what == "noise" else (row["system"],)
+        rows.append(
+            (*first, _with_interval(row[MEASURE], row["interval"]), seeds, *numbers, _number(row["seconds"], 0))
+        )
+    names = ("noise of the teacher", "system") if what == "noise" else ("system",)
+    head = (
+        *names,
+        f"{MEASURE} [95 % interval]",
+        "seeds",
+        "label accuracy",
+        "tokens per document",
+        "seconds of training",
+    )
+    return table(head, rows) + _provenance(recorded)
+
+
+SHORT = ("teacher", "distilled", "ppo", "grpo")
+
+
+def _number(value: float | None, decimals: int) -> str:
+    return "-" if value is None else f"{value:.{decimals}f}"
 
 
 def speed(what: str, body: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from whyrank.almanac import build
 from whyrank.demo.config import DemoConfig
+from whyrank.demo.recorded import read_recorded
 from whyrank.demo.run import run_demo
 from whyrank.demo.systems import bootstrap_interval, candidates_of, random_row
 
@@ -40,6 +41,15 @@ def test_candidates_keep_their_own_order() -> None:
         assert [line.rank for line in lines] == list(range(1, 25))
 
 
+def test_what_the_demo_shows_as_recorded_is_what_was_recorded() -> None:
+    kept = json.loads((Path(__file__).parent.parent / "results" / "refining.json").read_text(encoding="utf-8"))
+    shown = read_recorded()
+    usual = [row for row in kept["rows"] if row["teacher_noise"] == "default"]
+    assert [row.ndcg for row in shown.rows] == [row["nDCG@10"] for row in usual]
+    assert [row.system for row in shown.rows][:3] == ["teacher", "distilled", "refined (ppo)"]
+    assert (shown.command, shown.date) == (kept["command"], kept["date"])
+
+
 @pytest.mark.slow
 def test_a_very_small_demo(tmp_path: Path) -> None:
     config = DemoConfig(domains=("bread",), num_steps=2, num_train_queries=8, num_queries=4, num_shipped_queries=3)
@@ -49,7 +59,9 @@ def test_a_very_small_demo(tmp_path: Path) -> None:
     assert [row["system"] for row in written["rows"]] == ["random", "bm25", "direct", "explain", "shipped"]
     assert [row["system"] for row in written["full_test_set"]] == ["random", "bm25", "shipped"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
+    assert "recorded on" in page
+    assert [row["system"] for row in written["recorded"]][:2] == ["teacher", "distilled"]
     assert all(example.query in unescape(page) for example in outcome.examples)
     assert outcome.examples[-1].ndcg == min(outcome.rows[-1].per_query.values())
     for name in ("explain/run.trec", "explain/judgments.jsonl", "direct/run.trec", "shipped/run.trec", "manifest.json"):

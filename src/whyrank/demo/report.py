@@ -14,6 +14,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from whyrank.demo.examples import ExampleRanking
+from whyrank.demo.recorded import Recorded, RecordedRow
 from whyrank.demo.systems import Row
 from whyrank.records import Mode
 from whyrank.store import atomic_path
@@ -23,6 +24,7 @@ __all__ = ["write_report"]
 
 NUM_SHOWN = 6  # results of each ranking
 NUM_SMOOTHED = 10  # steps in the running mean of a learning curve
+HIGHLIGHTED = ("explain", "shipped", "refined (ppo)")
 INK, ACCENT, QUIET = "#22303c", "#2f6f8f", "#c9d3da"
 
 
@@ -30,16 +32,18 @@ def write_report(
     path: Path,
     rows: Sequence[Row],
     full_rows: Sequence[Row],
+    recorded: Recorded,
     curves: Mapping[Mode, Distilled],
     examples: Sequence[ExampleRanking],
     facts: Mapping[str, str],
 ) -> None:
-    """Write the report: two tables with their plots, learning curves, and rankings with their reasons.
+    """Write the report: three tables with their plots, learning curves, and rankings with their reasons.
 
     Args:
         path: the HTML file.
         rows: the systems on the domains that the students learned, in the order of the table.
         full_rows: the systems on all domains.
+        recorded: what was measured before the release.
         curves: trained students by mode.
         examples: rankings of the explaining student.
         facts: short statements about the run, shown at the end.
@@ -50,6 +54,11 @@ def write_report(
         tables=[
             ("The two students, on the domains they learned", rows, _bars(rows)),
             ("The shipped model, on all domains", full_rows, _bars(full_rows)),
+            (
+                f"Past the teacher (recorded on {recorded.date}, not trained now)",
+                recorded.rows,
+                _bars(recorded.rows, "nDCG@10, with 95 % bootstrap interval over seeds and queries"),
+            ),
         ],
         loss=_loss({mode: student.history for mode, student in curves.items()}),
         examples=examples,
@@ -60,17 +69,19 @@ def write_report(
         temporary.write_text(text, encoding="utf-8")
 
 
-def _bars(rows: Sequence[Row]) -> Markup:
+def _bars(
+    rows: Sequence[Row | RecordedRow], axis: str = "nDCG@10, with 95 % bootstrap interval over queries"
+) -> Markup:
     figure = Figure(figsize=(6.4, 0.5 * len(rows) + 0.9), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(reversed(rows)):
         low, high = row.interval
-        axes.barh(place, row.ndcg, height=0.6, color=ACCENT if row.system in ("explain", "shipped") else QUIET)
+        axes.barh(place, row.ndcg, height=0.6, color=ACCENT if row.system in HIGHLIGHTED else QUIET)
         axes.plot([low, high], [place, place], color=INK, linewidth=1.5)
         axes.text(max(high, row.ndcg) + 0.015, place, f"{row.ndcg:.3f}", va="center", color=INK)
     axes.set_yticks(range(len(rows)), [row.system for row in reversed(rows)])
     axes.set_xlim(0, 1.12)
-    axes.set_xlabel("nDCG@10, with 95 % bootstrap interval over queries")
+    axes.set_xlabel(axis)
     return _svg(figure)
 
 

@@ -23,6 +23,7 @@ from whyrank.almanac import Collection, build, domain_names
 from whyrank.almanac.gold import gold_judgments
 from whyrank.demo.config import RECIPE, DemoConfig
 from whyrank.demo.examples import ExampleRanking, choose_examples
+from whyrank.demo.recorded import Recorded, RecordedRow, read_recorded
 from whyrank.demo.report import write_report
 from whyrank.demo.students import Plan, steps_for_same_compute, train_students
 from whyrank.demo.systems import MEASURE, Row, bm25_row, loaded, random_row, student_row
@@ -42,11 +43,13 @@ MODES: tuple[Mode, Mode] = ("direct", "explain")
 
 @dataclass(frozen=True, slots=True)
 class DemoOutcome:
-    """Everything the demo prints. `rows` are about the domains that the students learned, `full_rows` about all."""
+    """Everything the demo prints. `rows` are about the domains that the students learned, `full_rows` about all;
+    `recorded` was measured before the release."""
 
     out: Path
     rows: tuple[Row, ...]
     full_rows: tuple[Row, ...]
+    recorded: Recorded
     examples: tuple[ExampleRanking, ...]
     seconds: float
 
@@ -54,12 +57,14 @@ class DemoOutcome:
         """As written to `results.json`: one row per system, and those of the full test set with their own baselines."""
         rows: list[JsonValue] = [{**row.to_json(), "test_set": "subset"} for row in self.rows]
         full: list[JsonValue] = [{**row.to_json(), "test_set": "full"} for row in self.full_rows]
-        return {"rows": rows + full[-1:], "full_test_set": full}
+        recorded: list[JsonValue] = [row.to_json() for row in self.recorded.rows]
+        return {"rows": rows + full[-1:], "full_test_set": full, "recorded": recorded}
 
     def print(self, screen: Console) -> None:
         """The tables, one ranking with its reasons, and the way to the report."""
         screen.print(_table("the students, on the domains they learned", self.rows))
         screen.print(_table("the shipped model, on all domains", self.full_rows))
+        screen.print(_table(f"recorded on {self.recorded.date}, not trained now: past the teacher", self.recorded.rows))
         example = self.examples[0]
         screen.print(Text(f"\nquery: {example.query}", style="bold"))
         for result in example.ranking[:NUM_SHOWN]:
@@ -97,14 +102,14 @@ def run_demo(out: Path, config: DemoConfig) -> DemoOutcome:
         out=out,
         rows=tuple(rows),
         full_rows=full_rows,
+        recorded=read_recorded(),
         examples=choose_examples(test, rows[-1], students["explain"], out / "explain"),
         seconds=round(time.perf_counter() - start, 1),
     )
     with atomic_path(out / "results.json") as temporary:
         temporary.write_text(json.dumps(outcome.to_json(), indent=2) + "\n", encoding="utf-8")
-    write_report(
-        out / "report.html", rows, full_rows, curves, outcome.examples, _facts(config, train, full, curves, outcome)
-    )
+    facts = _facts(config, train, full, curves, outcome)
+    write_report(out / "report.html", rows, full_rows, outcome.recorded, curves, outcome.examples, facts)
     manifest = Manifest("demo", {**asdict(config), "domains": list(config.domains)}, seed=config.seed)
     counts = {"train_pairs": curves["explain"].num_examples, "test_pairs": len(test.labels) + len(full.labels)}
     manifest.finished(start, counts=counts).write(out)
@@ -143,11 +148,12 @@ def _facts(
         "Shipped model": f"ranked {len(full.queries)} test queries of all {len(domain_names())} domains.",
         "Time": f"{outcome.seconds:.0f} s in all; training took {explain.history[-1].seconds:.0f} s for the "
         f"explaining and {direct.history[-1].seconds:.0f} s for the direct student, side by side.",
+        "Past the teacher": f"recorded by {outcome.recorded.command} on {outcome.recorded.date}, not trained now.",
         "What it is not": "The almanac is a model organism; these figures say nothing about quality on real text.",
     }
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
+def _table(title: str, rows: Sequence[Row | RecordedRow]) -> Table:
     table = Table("system", title=title, title_justify="left")
     for column in (MEASURE, "95 % interval", "accuracy", "tokens/doc", "docs/s"):
         table.add_column(column, justify="right")
