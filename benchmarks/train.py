@@ -1,7 +1,8 @@
-"""Training speed of distillation: our packed step, the same step in padded rows, and TRL's SFTTrainer.
+"""Training speed: our packed step, the same step in padded rows, and TRL's trainers; distillation and refinement.
 
 One random Llama of 30 million parameters, the same examples, dtype and threads in one process: queries of 60 tokens,
-four documents of 60 each, answers of 40. The systems take turns; a round gives one time each, and ratios are medians of
+four documents of 60 each, answers of 40. Refinement is a round of GRPO (`refining.py`): two prompts of 512 tokens,
+eight samples each, 64 new tokens. The systems take turns; a round gives one time each, and ratios are medians of
 the rounds' ratios. TRL is no dependency of whyrank. It installs beside it (`pip install 'trl>=1.16,<2'`, which brings
 datasets, pandas and pyarrow); without it, the other two are measured, and the table says so.
 
@@ -11,7 +12,7 @@ datasets, pandas and pyarrow); without it, the other two are measured, and the t
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import sys
 import tempfile
 import time
@@ -24,18 +25,21 @@ from random import Random
 from statistics import median
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # run as a file, Python would look in this folder only
 
-import torch
-from transformers import PreTrainedModel
+import torch  # noqa: E402
+from provenance import provenance, write_result  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
-from benchmarks.machine import description
-from benchmarks.workload import RANDOM_MODELS, save_random_model
-from whyrank.generators.hf.load import load_model, load_tokenizer
-from whyrank.training.config import DistillConfig
-from whyrank.training.optimizers import optimizers_of
-from whyrank.training.packing import Strand
-from whyrank.training.steps import update
+from benchmarks import refining  # noqa: E402
+from benchmarks.machine import description  # noqa: E402
+from benchmarks.workload import RANDOM_MODELS, save_random_model  # noqa: E402
+from whyrank.generators.hf.load import load_model, load_tokenizer  # noqa: E402
+from whyrank.training.config import DistillConfig  # noqa: E402
+from whyrank.training.optimizers import optimizers_of  # noqa: E402
+from whyrank.training.packing import Strand  # noqa: E402
+from whyrank.training.steps import update  # noqa: E402
 
 __all__ = ["main", "measure", "strands"]
 
@@ -140,6 +144,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print a table, and write the result as JSON where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--part", choices=("distillation", "refinement", "both"), default="both")
     parser.add_argument("--num-threads", type=int, default=2)
     parser.add_argument("--num-rounds", type=int, default=5)
     parser.add_argument("--num-steps", type=int, default=3, help="optimizer steps per time")
@@ -154,19 +159,30 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         folder = save_random_model(shape, Path(scratch) / "model")
         more = (folder, batch, options.dtype, options.num_steps)
         systems = {"packed": ours(*more, is_packed=True), "padded": ours(*more, is_packed=False)}
+        rounds = {
+            "packed": refining.packed(folder, options.num_steps),
+            "padded": refining.padded(folder, options.num_steps),
+        }
         if find_spec("trl") is not None:
             systems["trl"] = trl(*more, Path(scratch) / "trl")
+            rounds["trl"] = refining.trl(folder, options.num_steps, Path(scratch) / "trl-grpo")
         else:
             sys.stderr.write("trl is not installed; the table goes without it: pip install 'trl>=1.16,<2'\n")
-        result = measure(systems, options.num_rounds, len(batch) * options.num_steps, lambda t: _note(t))
+        per_round = refining.NUM_PROMPTS * refining.NUM_SAMPLES
+        result: dict[str, Any] = {}
+        if options.part != "refinement":
+            result["distillation"] = measure(systems, options.num_rounds, len(batch) * options.num_steps, _note)
+        if options.part != "distillation":
+            result["refinement"] = measure(rounds, options.num_rounds, per_round * options.num_steps, _note)
     settings = {name: value for name, value in vars(options).items() if name != "json"}
-    result = {"distillation": result, "settings": settings, "machine": description(options.num_threads)}
-    for name, speed in result["distillation"]["samples_per_second"].items():
-        ratio = result["distillation"]["packed_is_faster_by"][name]
-        sys.stdout.write(f"{name:8} {speed:8.2f} samples/s   packed is {ratio:.2f} times as fast\n")
+    for part, found in result.items():
+        for name, speed in found["samples_per_second"].items():
+            ratio = found["packed_is_faster_by"][name]
+            sys.stdout.write(f"{part:12} {name:8} {speed:8.2f} samples/s   packed is {ratio:.2f} times as fast\n")
+    made = provenance(shlex.join(["python", "benchmarks/train.py", *(sys.argv[1:] if words is None else words)]))
+    result = {**made, **result, "settings": settings, "machine": description(options.num_threads)}
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(options.json, result)
     return result
 
 
