@@ -39,7 +39,7 @@ from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.hf.load import load_tokenizer
 from whyrank.records import Judgment, Query
 from whyrank.rerank import Reranker
-from whyrank.store import content_key, read_json
+from whyrank.store import read_json
 from whyrank.template import Template
 from whyrank.training.config import DistillConfig
 from whyrank.training.curriculum import choose
@@ -110,17 +110,22 @@ class Job:
         return None if self.system in ("teacher", "distilled") else Job("distilled", self.level, self.seed)
 
     @property
-    def identity(self) -> str:
-        """Changes with everything that decides the figures, as far as it is set in this file."""
-        sizes = (DOMAINS, NUM_TRAIN_QUERIES, NUM_DEV_QUERIES, NUM_TEST_QUERIES, NUM_IRRELEVANT, NUM_REPLAYED)
-        settings: list[object] = [sizes, TEMPLATE.version, asdict(LEVELS[self.level]), asdict(LinksConfig())]
+    def settings(self) -> dict[str, Any]:
+        """What decides the figures, as far as it is set in this file."""
+        found: dict[str, Any] = {
+            "sizes": [*DOMAINS, NUM_TRAIN_QUERIES, NUM_DEV_QUERIES, NUM_TEST_QUERIES, NUM_IRRELEVANT, NUM_REPLAYED],
+            "template": TEMPLATE.version,
+            "teacher": asdict(LEVELS[self.level]),
+            "links": asdict(LinksConfig()),
+        }
         if self.system != "teacher":
-            settings.append(asdict(DISTILL))
+            found["distill"] = asdict(DISTILL)
         if self.parent is not None:
-            settings.append(asdict(REFINEMENTS.get(self.system, REFINE)))
+            found["refine"] = asdict(REFINEMENTS.get(self.system, REFINE))
         if self.system in ("supervised", "rejection"):
-            settings.append(asdict(AFTERWARDS))
-        return content_key(self.name, json.dumps(settings, sort_keys=True))
+            found["afterwards"] = asdict(AFTERWARDS)
+        plain: dict[str, Any] = _as_json(found)
+        return plain
 
     @property
     def result(self) -> Path:
@@ -129,8 +134,24 @@ class Job:
 
     @property
     def is_measured(self) -> bool:
-        """Whether figures are there, made with the same settings."""
-        return self.result.is_file() and read_json(self.result)["identity"] == self.identity
+        """Whether figures are there, made with the same settings; one that came later had its default value."""
+        if not self.result.is_file():
+            return False
+        known = read_json(self.result)["settings"]
+        return {key: {**DEFAULTS[key], **value} if key in DEFAULTS else value for key, value in known.items()} == (
+            self.settings
+        )
+
+
+def _as_json(value: object) -> Any:
+    return json.loads(json.dumps(value))
+
+
+DEFAULTS = {
+    "distill": _as_json(asdict(DistillConfig())),
+    "afterwards": _as_json(asdict(DistillConfig())),
+    "refine": _as_json(asdict(RefineConfig())),
+}
 
 
 def all_jobs() -> list[Job]:
@@ -342,7 +363,7 @@ def train_all(waiting: list[Job], work: Path, num_workers: int) -> None:
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(done)
                 figures = done.result()
-                known = {"system": job.system, "teacher_noise": job.level, "seed": job.seed, "identity": job.identity}
+                known = {"system": job.system, "teacher_noise": job.level, "seed": job.seed, "settings": job.settings}
                 write_result(job.result, {**provenance("make refining"), **known, **figures})
                 sys.stdout.write(f"{job.name}: {MEASURE} {figures[MEASURE]:.3f}, {figures.get('seconds', 0):.0f} s\n")
                 sys.stdout.flush()

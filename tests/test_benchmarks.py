@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import train
 from benchmarks.machine import limits, merged, peak_memory_mb
 from benchmarks.measuring import best_baseline, ratios
 from benchmarks.roofline import (
@@ -353,3 +354,29 @@ def test_a_wrong_model_is_refused_in_one_line(tmp_path: Path) -> None:
     done = run("--model", tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"rerank.py: --model {tmp_path}: expected a folder")
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def test_training_ratios_are_medians_of_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round does not count. In the other three, padded takes 2, 3 and 8 times as long; the median is 3."""
+    clock = iter([0, 9, 9, 9, *(0, 1, 0, 2), *(0, 2, 0, 6), *(0, 1, 0, 8)])
+    monkeypatch.setattr("benchmarks.train.time.perf_counter", lambda: float(next(clock)))
+    found = train.measure({"packed": lambda: None, "padded": lambda: None}, 3, 12, lambda text: None)
+    assert found["packed_is_faster_by"] == {"packed": 1.0, "padded": 3.0}
+    assert found["samples_per_second"] == {"packed": 12.0, "padded": 2.0}
+
+
+@pytest.mark.slow
+def test_training_is_measured_without_trl(tmp_path: Path) -> None:
+    words = ["--num-layers", "1", "--num-rounds", "1", "--num-steps", "1", "--num-threads", "1"]
+    threads = torch.get_num_threads()
+    try:
+        train.main([*words, "--json", str(tmp_path / "speed.json")])
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    for part in ("distillation", "refinement"):
+        assert {"packed", "padded"} <= found[part]["samples_per_second"].keys()
+        assert min(found[part]["samples_per_second"].values()) > 0

@@ -16,6 +16,7 @@ import pytest
 from whyrank.demo.students import Plan
 from whyrank.demo.systems import bootstrap_interval
 from whyrank.training.config import DistillConfig
+from whyrank.training.rollouts import Evidence
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -103,3 +104,59 @@ def test_tables_show_what_is_recorded(scripts: None, tmp_path: Path, monkeypatch
     assert f"| direct | {cells} | 0.500 0.250 | 1.5 M | 0.257 |" in shown
     assert shown.endswith("\n`make results`, commit 0123456, 2026-01-02.\n")
     assert "| direct | 0.500 [0.400, 0.600] | 0.500 [0.400, 0.600] |" in tables.explaining("gains", "")
+
+
+@pytest.fixture
+def refining(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script of the table about refinement, with results in a folder of its own."""
+    module = import_module("refining_table")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    (tmp_path / "refining").mkdir()
+    return module
+
+
+def keep(job: Any, per_query: dict[str, float], **changes: Any) -> None:
+    figures = {"nDCG@10": sum(per_query.values()) / len(per_query), "label_accuracy": 0.5, "per_query": per_query}
+    job.result.write_text(json.dumps({"settings": job.settings, **figures, **changes}))
+
+
+def test_refined_students_are_compared_with_the_teacher_of_their_seed(refining: ModuleType) -> None:
+    def job(system: str, seed: int) -> Any:
+        return refining.Job(system, "default", seed)
+
+    keep(job("teacher", 0), {"a": 0.5, "b": 0.3})
+    keep(job("teacher", 1), {"b": 0.9, "a": 0.1})
+    keep(job("ppo", 1), {"a": 0.2, "b": 1.0}, tokens_per_document=34.0)
+    rows, gains = refining.summary()
+    assert [(row["system"], row["seeds"]) for row in rows] == [("teacher", [0.4, 0.5]), ("ppo", [0.6])]
+    assert [row["tokens_per_document"] for row in rows] == [None, 34.0]
+    (gain,) = gains  # the parent of seed 1 is not measured
+    assert (gain["over"], gain["runs"]) == ("teacher", 1)
+    assert gain["nDCG@10"] == pytest.approx((0.2 - 0.1 + 1.0 - 0.9) / 2)
+
+
+def test_a_row_is_measured_again_when_its_settings_differ(refining: ModuleType) -> None:
+    job = refining.Job("ppo", "default", 0)
+    assert not job.is_measured
+    keep(job, {"a": 1.0})
+    assert job.is_measured
+    settings = job.settings
+    del settings["refine"]["length_price"]  # a setting that did not exist yet then had its default value
+    keep(job, {"a": 1.0}, settings=settings)
+    assert job.is_measured
+    settings["refine"]["temperature"] = 0.9
+    keep(job, {"a": 1.0}, settings=settings)
+    assert not job.is_measured
+
+
+def test_evidence_becomes_the_nearest_label(refining: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links say 2 with trust 1, their absence 0 with trust 1, the teacher has trust 1/2: a link against a teacher's 0
+    is 4/3, which is nearest to 1; no link against a teacher's 2 is 2/3, nearest to 1; against a 1 it is 1/3."""
+    world = refining.World.__new__(refining.World)
+    beliefs = {
+        ("q", "linked"): (Evidence(2.0, 1.0, "link"), Evidence(0.0, 0.5, "consensus")),
+        ("q", "praised"): (Evidence(0.0, 1.0, "unlinked"), Evidence(2.0, 0.5, "consensus")),
+        ("q", "near"): (Evidence(0.0, 1.0, "unlinked"), Evidence(1.0, 0.5, "consensus")),
+    }
+    monkeypatch.setattr(refining.World, "evidence", beliefs)
+    assert [world.label_by_evidence(pair) for pair in beliefs] == ["1", "1", "0"]
