@@ -34,12 +34,17 @@ __all__ = [
     "Snapshot",
     "TrainingState",
     "atomic_folder",
+    "find_state",
     "load_state",
+    "moments_of",
+    "recover",
     "remove_state",
     "restore",
+    "restore_moments",
     "save_checkpoint",
     "save_state",
     "snapshot_of",
+    "write_state",
 ]
 
 STATE_NAME = "state.json"
@@ -52,19 +57,18 @@ Snapshot = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """What resuming needs beside the tensors. `identity` is a digest of data and config; `files` maps the names of the
-    other files to their SHA-256, and is filled in by `save_state`."""
+    """What resuming needs beside the tensors. `identity` is a digest of data and config."""
 
     identity: str
     history: list[dict[str, Any]] = field(default_factory=list)
-    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Give an empty sibling folder that takes the place of `folder` when the block ends well.
 
-    What was there before is kept as `.NAME.old`. Between the two renames only that is there; `load_state` knows.
+    What was there before is kept as `.NAME.old`. Between the two renames only that is there; `find_state` and `recover`
+    know.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     growing, old = _siblings(folder)
@@ -127,14 +131,8 @@ def save_state(
     best: Snapshot | None = None,
 ) -> None:
     """Write what is trained, the optimizers' moments, history, and the best weights so far; `load_state` goes on."""
-    with atomic_folder(folder) as growing:
-        save_file(dict(snapshot_of(model)), growing / MODEL_NAME)
-        save_file(_flat(optimizers), growing / OPTIMIZER_NAME)
-        if best is not None:
-            save_file(dict(best), growing / BEST_NAME)
-        files = {path.name: sha256_file(path) for path in sorted(growing.iterdir())}
-        whole = {**asdict(state), "files": files}
-        (growing / STATE_NAME).write_text(json.dumps(whole), encoding="utf-8")
+    tensors = {MODEL_NAME: snapshot_of(model), OPTIMIZER_NAME: moments_of(optimizers)}
+    write_state(folder, {**tensors, **({} if best is None else {BEST_NAME: best})}, asdict(state))
 
 
 def load_state(
@@ -148,44 +146,13 @@ def load_state(
     Raises:
         InputError: the state belongs to other data or another config.
     """
-    for place in (folder, _siblings(folder)[1]):
-        state = _read_state(place)
-        if state is None:
-            continue
-        if state.identity != identity:
-            raise InputError(
-                f"{folder} holds a state of another run (other data, template or options); remove it, or choose "
-                "another -o"
-            )
-        _fill(place, model, optimizers)
-        return state, load_file(place / BEST_NAME) if BEST_NAME in state.files else None
-    return None
-
-
-def _read_state(place: Path) -> TrainingState | None:
-    """The state in a folder, if all of it is as it was written."""
-    if not place.is_dir():
+    found = find_state(folder, identity)
+    if found is None:
         return None
-    try:
-        state = TrainingState(**read_json(place / STATE_NAME))
-        damaged = [name for name, digest in state.files.items() if sha256_file(place / name) != digest]
-    except (InputError, OSError, TypeError) as cause:
-        log.warning("%s is damaged (%s); going on from an earlier state", place, cause)
-        return None
-    if damaged:
-        log.warning("%s is damaged (%s is not what was written); going on from an earlier state", place, damaged[0])
-        return None
-    return state
-
-
-def _fill(place: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    place, told = found
     restore(model, load_file(place / MODEL_NAME))
-    moments: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
-    for key, value in load_file(place / OPTIMIZER_NAME).items():
-        number, index, name = key.split(".")
-        moments[int(number)].setdefault(int(index), {})[name] = value
-    for optimizer, known in zip(optimizers, moments, strict=True):
-        optimizer.load_state_dict({"state": known, "param_groups": optimizer.state_dict()["param_groups"]})
+    restore_moments(optimizers, load_file(place / OPTIMIZER_NAME))
+    return TrainingState(**told), load_file(place / BEST_NAME) if (place / BEST_NAME).is_file() else None
 
 
 def restore(model: PreTrainedModel, snapshot: Snapshot) -> None:
@@ -196,7 +163,62 @@ def restore(model: PreTrainedModel, snapshot: Snapshot) -> None:
             parameters[name].copy_(value)
 
 
-def _flat(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+# ---- states of any training ------------------------------------------------------------------------------------
+
+
+def write_state(folder: Path, tensors: Mapping[str, Snapshot], told: Mapping[str, Any]) -> None:
+    """Write tensors by file name, and last what is told beside them, with the files' digests; whole or not at all."""
+    with atomic_folder(folder) as growing:
+        for name, found in tensors.items():
+            save_file(dict(found), growing / name)
+        files = {path.name: sha256_file(path) for path in sorted(growing.iterdir())}
+        (growing / STATE_NAME).write_text(json.dumps({**told, "files": files}), encoding="utf-8")
+
+
+def find_state(folder: Path, identity: str) -> tuple[Path, dict[str, Any]] | None:
+    """The last state that is whole, or the one before it: where its files lie, and what was told beside them.
+
+    Raises:
+        InputError: the state belongs to other data or other options.
+    """
+    for place in (folder, _siblings(folder)[1]):
+        told = _told_if_whole(place)
+        if told is None:
+            continue
+        if told.get("identity") != identity:
+            raise InputError(
+                f"{folder} holds a state of another run (other data, model, template or options); remove it, or "
+                "choose another -o"
+            )
+        return place, told
+    return None
+
+
+def _told_if_whole(place: Path) -> dict[str, Any] | None:
+    """What is told in a folder, without its digests, if all of it is as it was written."""
+    if not place.is_dir():
+        return None
+    try:
+        told = dict(read_json(place / STATE_NAME))
+        files = told.pop("files").items()
+        damaged = [name for name, digest in files if sha256_file(place / name) != digest]
+    except (InputError, OSError, TypeError, ValueError, KeyError, AttributeError) as cause:
+        log.warning("%s is damaged (%s); going on from an earlier state", place, cause)
+        return None
+    if damaged:
+        log.warning("%s is damaged (%s is not what was written); going on from an earlier state", place, damaged[0])
+        return None
+    return told
+
+
+def recover(folder: Path) -> None:
+    """Take the old content back where a kill came between the two renames of `atomic_folder`."""
+    old = _siblings(folder)[1]
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+
+
+def moments_of(optimizers: Sequence[torch.optim.Optimizer]) -> Snapshot:
     """Every moment under `optimizer.parameter.name`, as numbers where there are such."""
     states: list[dict[int, dict[str, torch.Tensor]]] = [optimizer.state_dict()["state"] for optimizer in optimizers]
     return {
@@ -205,3 +227,13 @@ def _flat(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor
         for index, values in state.items()
         for name, value in values.items()
     }
+
+
+def restore_moments(optimizers: Sequence[torch.optim.Optimizer], known: Snapshot) -> None:
+    """Give optimizers the moments of `moments_of`."""
+    moments: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
+    for key, value in known.items():
+        number, index, name = key.split(".")
+        moments[int(number)].setdefault(int(index), {})[name] = value
+    for optimizer, own in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})

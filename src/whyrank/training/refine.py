@@ -29,7 +29,7 @@ from whyrank.store import JsonlAppender, content_key, read_jsonl
 from whyrank.template import Template
 from whyrank.training import ppo_math
 from whyrank.training.alarms import RefineStep, find_alarm
-from whyrank.training.checkpoints import atomic_folder, remove_state, save_checkpoint
+from whyrank.training.checkpoints import atomic_folder, recover, remove_state, save_checkpoint
 from whyrank.training.config import AdapterConfig
 from whyrank.training.curriculum import choose, hardness_of
 from whyrank.training.drawing import Drawn, draw
@@ -37,7 +37,7 @@ from whyrank.training.examples import Example
 from whyrank.training.lora import add_adapter
 from whyrank.training.model_rewards import open_reward
 from whyrank.training.refine_config import RefineConfig
-from whyrank.training.refine_state import RefineState, load_refine_state, recover, save_refine_state
+from whyrank.training.refine_state import RefineState, load_refine_state, save_refine_state
 from whyrank.training.rewards import Rewarded, WeightedReward, length_costs, parse_reward, reward_group
 from whyrank.training.rollouts import Evidence
 from whyrank.training.updating import Learner, Lesson, Updated

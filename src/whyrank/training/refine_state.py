@@ -1,4 +1,4 @@
-"""What a killed refinement resumes from: written into a sibling folder that is renamed when it is whole.
+"""What a killed refinement resumes from, kept as `checkpoints.py` keeps states.
 
 A state is taken between rounds. Everything that a round draws (queries, answers, labels, order of minibatches) follows
 from the seed and the number of the round, so that the answers of a round that was cut off are drawn again as they were.
@@ -6,22 +6,20 @@ from the seed and the number of the round, so that the answers of a round that w
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from whyrank.errors import InputError
-from whyrank.store import read_json
-from whyrank.training.checkpoints import atomic_folder
+from whyrank.training.checkpoints import find_state, moments_of, restore_moments, write_state
 
-__all__ = ["RefineState", "load_refine_state", "recover", "save_refine_state"]
+__all__ = ["RefineState", "load_refine_state", "save_refine_state"]
+
+OPTIMIZER_NAME = "optimizer.safetensors"
 
 
 @dataclass(slots=True)
@@ -40,54 +38,33 @@ def save_refine_state(
     folder: Path, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, state: RefineState
 ) -> None:
     """Write the trainable tensors of all networks, the optimizer's moments, and last what makes the state complete."""
-    with atomic_folder(folder) as growing:
-        for name, network in networks.items():
-            save_file(
-                {key: tensor.contiguous() for key, tensor in _trained(network).items()}, growing / f"{name}.safetensors"
-            )
-        moments = optimizer.state_dict()["state"]
-        flat = {
-            f"{index}.{name}": value.contiguous() for index, found in moments.items() for name, value in found.items()
-        }
-        save_file(flat, growing / "optimizer.safetensors")
-        (growing / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+    trained = {
+        f"{name}.safetensors": {key: tensor.contiguous() for key, tensor in _trained(network).items()}
+        for name, network in networks.items()
+    }
+    write_state(folder, {**trained, OPTIMIZER_NAME: moments_of([optimizer])}, asdict(state))
 
 
 def load_refine_state(
     folder: Path, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, identity: str
 ) -> RefineState | None:
-    """Fill networks and optimizer from `folder`; `None` if there is no complete state.
+    """Fill networks and optimizer from `folder`, or from the state before it if that is damaged; `None` if there is no
+    state that is whole.
 
     Raises:
         InputError: the state belongs to other data or other options.
     """
-    recover(folder)
-    if not (folder / "state.json").is_file():
+    found = find_state(folder, identity)
+    if found is None:
         return None
-    state = RefineState(**read_json(folder / "state.json"))
-    if state.identity != identity:
-        raise InputError(
-            f"{folder} holds a state of another run (other data, model, template or options); remove it, or choose "
-            "another -o"
-        )
+    place, told = found
     with torch.no_grad():
         for name, network in networks.items():
             tensors = _trained(network)
-            for key, value in load_file(folder / f"{name}.safetensors").items():
+            for key, value in load_file(place / f"{name}.safetensors").items():
                 tensors[key].copy_(value)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
-        index, _, name = key.partition(".")
-        moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
-
-
-def recover(folder: Path) -> None:
-    """Take the old content back where a kill came between the two renames of `atomic_folder`."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)
+    restore_moments([optimizer], load_file(place / OPTIMIZER_NAME))
+    return RefineState(**told)
 
 
 def _trained(network: nn.Module) -> dict[str, Tensor]:
