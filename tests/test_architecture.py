@@ -37,7 +37,15 @@ LAYERS = (
 # Neighbours on one line that may look at each other, because together they are one backend.
 PAIRS = {("generators.endpoint", "generators.chat_wire"), ("generators.overlap", "generators.scripted")}
 # Loading these loads torch. Everything else, the command line above all, must start without it.
-NEEDS_TORCH = ("generators.hf", "generators.vllm", "training", "demo", "stages.distill", "stages.refine")
+NEEDS_TORCH = (
+    "generators.hf",
+    "generators.vllm",
+    "training",
+    "demo",
+    "stages.distill",
+    "stages.refine",
+    "stages.following",
+)
 BUT_NOT = {"training", "training.config", "training.refine_config", "demo", "demo.config"}
 # Functions that have a public name for the sake of tests or neighbours in their file, and are not offered to others.
 NOT_OFFERED = {

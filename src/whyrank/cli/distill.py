@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 import typer
 
 from whyrank.cli.options import (
+    Board,
     DeviceName,
     Json,
     Limit,
@@ -93,6 +94,7 @@ def distill(
     num_heads: Annotated[int, setting(TinyConfig, "num_heads")] = TINY.num_heads,
     intermediate_size: Annotated[int, setting(TinyConfig, "intermediate_size")] = TINY.intermediate_size,
     limit: Limit = None,
+    tensorboard: Board = False,
     json: Json = False,
 ) -> None:
     """Train a student to explain and label like its teacher.
@@ -150,9 +152,8 @@ def distill(
         *judgments, *queries, *corpus, *(dev.paths if dev else ())
     )
     with resumable(out / "state"):
-        done = distill_files(
-            judgments, queries, corpus, taught, out, config, manifest, dev=dev, shares=source_weight, limit=limit
-        )
+        given = (judgments, queries, corpus, taught, out, config, manifest)
+        done = distill_files(*given, dev=dev, shares=source_weight, limit=limit, has_board=tensorboard)
     if json:
         print_json({**asdict(done), "checkpoint": str(out), "history": [asdict(step) for step in done.history]})
     else:

@@ -29,6 +29,7 @@ __all__ = [
     "AutoTolerance",
     "AutoTopK",
     "BatchSize",
+    "Board",
     "Concurrency",
     "Corpus",
     "Deadline",
@@ -116,6 +117,9 @@ Queries = Annotated[Path, existing("--queries", help="Queries: JSONL, BEIR, BRIG
 Excluded = Annotated[Path | None, existing("--excluded", help="Documents never to return: `query_id doc_id` lines.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many, to try a command out.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count malformed lines and pass over them.")]
+Board = Annotated[
+    bool, typer.Option("--tensorboard", help="Write the curves for TensorBoard, too, in a folder of that name.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 ModeOption = Annotated[Mode, typer.Option(help="explain: reason, then label; direct: label at once.")]
 RankingModeOption = Annotated[

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from whyrank.cli.options import (
+    Board,
     DeviceName,
     Json,
     as_usage_error,
@@ -86,6 +87,7 @@ def refine(
     batch_size: Annotated[int, setting(RefineConfig, "batch_size")] = CONFIG.batch_size,
     save_every: Annotated[int, setting(RefineConfig, "save_every")] = CONFIG.save_every,
     seed: Annotated[int, setting(RefineConfig, "seed")] = CONFIG.seed,
+    tensorboard: Board = False,
     json: Json = False,
 ) -> None:
     """Refine a distilled student with rewards for its own answers.
@@ -123,7 +125,7 @@ def refine(
     require_files("another file", files.all, "check its name")
     manifest = Manifest("refine", {}, seed=settled.seed).with_inputs(*files.all, config)
     with resumable(out / "state"):
-        done = refine_files(model, files, asked, out, settled, manifest)
+        done = refine_files(model, files, asked, out, settled, manifest, has_board=tensorboard)
     if json:
         print_json({**asdict(done), "checkpoint": str(out), "history": [asdict(step) for step in done.history]})
     else:

@@ -13,8 +13,8 @@ from typing import Self, TypeVar
 
 from whyrank.datasets import read_corpus, read_qrels, read_queries
 from whyrank.errors import InputError
-from whyrank.progress import Progress
 from whyrank.records import Document, Judgment, Query
+from whyrank.stages.following import followed
 from whyrank.stages.rerank import read_candidates
 from whyrank.store import Manifest, read_jsonl
 from whyrank.template import Template
@@ -86,6 +86,7 @@ def distill_files(
     dev: DevFiles | None = None,
     shares: Sequence[float] | None = None,
     limit: int | None = None,
+    has_board: bool = False,
 ) -> Distilled:
     """Train a student on judgments from one or more files, into `out`; `out/metrics.jsonl` holds the curves.
 
@@ -96,9 +97,11 @@ def distill_files(
         shares: proportion in which the judgments files are drawn, one number for each; by default every judgment is
             drawn equally often.
         limit: only the first so many judgments.
+        has_board: write the curves for TensorBoard, too, in `out/tensorboard`.
 
     Raises:
         InputError: a file cannot be read, or a judgment's texts are in none of the files.
+        MissingExtra: TensorBoard is asked for and not installed.
     """
     start = time.perf_counter()
     resolved = {**asdict(config), "template": template.version, "limits": asdict(template.limits), "limit": limit}
@@ -123,18 +126,12 @@ def distill_files(
             if document.doc_id in wanted:
                 _add(documents, document.doc_id, document, path)
     dev_set = dev.read() if dev else None
-    has_begun = False
-    with Progress(f"distilling into {out}", config.num_steps) as progress:
 
-        def on_step(step: Step) -> None:
-            nonlocal has_begun
-            if not has_begun:  # not earlier: a folder that is refused keeps the manifest of its own checkpoint
-                manifest.write(out)
-                progress.advance(step.step - 1, is_from_before=True)
-                has_begun = True
-            ranked = "" if step.dev_ndcg is None else f", dev nDCG@10 {step.dev_ndcg:.3f}"
-            progress.advance(note=f"loss {step.loss:.3f}{ranked}")
+    def note(step: Step) -> str:
+        ranked = "" if step.dev_ndcg is None else f", dev nDCG@10 {step.dev_ndcg:.3f}"
+        return f"loss {step.loss:.3f}{ranked}"
 
+    with followed(f"distilling into {out}", config.num_steps, out, manifest, note, has_board=has_board) as on_step:
         result = distill(known, asked, documents, template, out, config, weights=weights, dev=dev_set, on_step=on_step)
     counts = {
         "num_judgments": len(known),

@@ -13,8 +13,8 @@ from whyrank.datasets import read_corpus, read_qrels, read_queries, read_run
 from whyrank.errors import InputError
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.hf.load import load_tokenizer
-from whyrank.progress import Progress
 from whyrank.records import Judgment, Pair, Query
+from whyrank.stages.following import followed
 from whyrank.store import Manifest, read_jsonl
 from whyrank.template import Template
 from whyrank.training.alarms import RefineStep
@@ -65,6 +65,8 @@ def refine_files(
     out: Path,
     config: RefineConfig,
     manifest: Manifest,
+    *,
+    has_board: bool = False,
 ) -> Refined:
     """Refine a student and save the best checkpoint in `out`; `out/metrics.jsonl` holds one line per round.
 
@@ -75,6 +77,7 @@ def refine_files(
         out: folder of the checkpoint.
         config: how to refine; it is added to the manifest.
         manifest: gets its counts and figures, and is written beside the checkpoint.
+        has_board: write the curves for TensorBoard, too, in `out/tensorboard`.
 
     Raises:
         InputError: a file cannot be read, or see `refine`.
@@ -85,18 +88,12 @@ def refine_files(
     data = _read(files, card, model, config)
     resolved = {**asdict(config), "model": model, "template": card.template.version}
     manifest = replace(manifest, config={**manifest.config, **json.loads(json.dumps(resolved))})
-    has_begun = False
-    with Progress(f"refining into {out}", config.num_steps) as progress:
 
-        def on_step(step: RefineStep) -> None:
-            nonlocal has_begun
-            if not has_begun:  # not earlier: a folder that is refused keeps the manifest of its own checkpoint
-                manifest.write(out)
-                progress.advance(step.step - 1, is_from_before=True)
-                has_begun = True
-            dev = "" if step.dev is None else f", dev {step.dev:.3f}"
-            progress.advance(note=f"reward {step.reward:.3f}, KL {step.kl_k3:.3f}, length {step.length:.0f}{dev}")
+    def note(step: RefineStep) -> str:
+        dev = "" if step.dev is None else f", dev {step.dev:.3f}"
+        return f"reward {step.reward:.3f}, KL {step.kl_k3:.3f}, length {step.length:.0f}{dev}"
 
+    with followed(f"refining into {out}", config.num_steps, out, manifest, note, has_board=has_board) as on_step:
         result = refine(model, data, card.template, out, config, modes=card.modes, on_step=on_step)
     counts = {"num_pairs": result.num_pairs, "num_steps": len(result.history)}
     figures = {"first_dev": result.first_dev, "best_dev": result.best_dev, "best_step": result.best_step}
