@@ -207,6 +207,7 @@ GENERATORS: Mapping[str, Callable[[str, str], str]] = {
     "precision": tables.precision,
     "refining": tables.refining,
     "speed": tables.speed,
+    "training": tables.training,
 }
 MARKED = re.compile(
     rf"(?P<begin><!-- (?P<kind>{'|'.join(GENERATORS)})(?:: (?P<what>[^\n]+?))? -->\n)"

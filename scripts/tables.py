@@ -20,6 +20,7 @@ __all__ = [
     "reproduction",
     "speed",
     "table",
+    "training",
 ]
 
 MEASURE = "nDCG@10"
@@ -191,6 +192,17 @@ SHORT = ("teacher", "distilled", "ppo", "grpo")
 
 def _number(value: float | None, decimals: int) -> str:
     return "-" if value is None else f"{value:.{decimals}f}"
+
+
+def training(what: str, body: str) -> str:
+    """Speed of training against padded rows and TRL."""
+    recorded = _recorded("train-speed.json")
+    rows = [
+        (part, system, f"{found:.2f}", f"{recorded[part]['packed_is_faster_by'][system]:.2f}")
+        for part in ("distillation", "refinement")
+        for system, found in recorded[part]["samples_per_second"].items()
+    ]
+    return table(("stage", "system", "samples/s", "packed is faster by"), rows) + _provenance(recorded)
 
 
 def speed(what: str, body: str) -> str:
