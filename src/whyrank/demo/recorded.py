@@ -13,7 +13,7 @@ from pydantic import JsonValue
 __all__ = ["RECORDED_NAME", "Recorded", "RecordedRow", "read_recorded"]
 
 RECORDED_NAME = "refining.json"
-NAMES = {"ppo": "refined (ppo)", "grpo": "refined (grpo)", "rwl": "refined (rwl)"}
+SHOWN = {"teacher": "teacher", "distilled": "distilled", "ppo": "refined (ppo)", "grpo": "refined (grpo)"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +53,10 @@ class Recorded:
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Self:
-        """The rows of the usual teacher out of the whole table."""
+        """What is shown out of the whole table: the usual teacher, its student, and that student refined."""
         rows = [
             RecordedRow(
-                system=NAMES.get(row["system"], row["system"]),
+                system=SHOWN[row["system"]],
                 ndcg=row["nDCG@10"],
                 interval=(row["interval"][0], row["interval"][1]),
                 seeds=tuple(row["seeds"]),
@@ -64,7 +64,7 @@ class Recorded:
                 tokens_per_document=row["tokens_per_document"] or 0.0,
             )
             for row in kept["rows"]
-            if row["teacher_noise"] == "default"
+            if row["teacher_noise"] == "default" and row["system"] in SHOWN
         ]
         return cls(tuple(rows), kept["command"], kept["date"])
 
