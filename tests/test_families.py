@@ -41,8 +41,17 @@ def difference(one: Path, other: Path) -> float:
     return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = {("llama", "lora"), ("qwen3", "qlora"), ("gemma3", "full")}  # the others are alike, and slow
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param(family, kind, marks=() if (family, kind) in QUICK else pytest.mark.slow)
+        for family in FAMILIES
+        for kind in KINDS
+    ],
+)
 def test_a_family_goes_the_whole_road(family: Family, kind: str, tmp_path: Path) -> None:
     adapter = KINDS[kind]
     if adapter.rank:

@@ -60,7 +60,7 @@ def assert_same_end(out: Path, whole: Path) -> None:
     assert not [path.name for path in out.iterdir() if path.name.startswith(".") or path.is_dir()]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES[::3], *(pytest.param(name, marks=pytest.mark.slow) for name in FILES[1:3])])
 def test_a_damaged_state_costs_rounds_and_nothing_else(
     student: Path, whole: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
