@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from whyrank.calibration import Calibration, calibration_from_dict, fit_calibration
@@ -66,6 +66,7 @@ def test_equal_direct_scores_are_not_torn_apart() -> None:
 
 
 @given(SCORES, st.floats(0.05, 1.0), st.integers(1, 12))
+@example([(2.2250738585e-313, 0.0), (2.225073858507203e-309, 1.0)], 1.0, 1)  # a slope that no float holds
 def test_both_curves_grow_and_the_expected_score_is_below_the_ceiling(
     scores: list[tuple[float, float]], coverage: float, num_bins: int
 ) -> None:

@@ -7,6 +7,7 @@ an *expected* score makes documents with and without a reason comparable. Both g
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -58,7 +59,12 @@ class Calibration:
 
     def expect(self, score: float) -> float:
         """The mean score with a reason of documents with this direct score; non-decreasing."""
-        return float(np.interp(score, self.knots, self.expected))
+        place = bisect_right(self.knots, score)
+        if place in (0, len(self.knots)):
+            return self.expected[0 if place == 0 else -1]
+        (low, high), (below, above) = self.knots[place - 1 : place + 1], self.expected[place - 1 : place + 1]
+        # Not numpy's interp: its slopes overflow where two knots lie next to each other.
+        return min(below + (score - low) / (high - low) * (above - below), above)
 
     def ceiling(self, score: float) -> float:
         """The score with a reason that documents with this direct score seldom exceed; non-decreasing, and never below
