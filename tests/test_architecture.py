@@ -21,8 +21,8 @@ HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "matplotlib", "ji
 # or a whole package, and the longest name that fits decides.
 LAYERS = (
     ("errors", "records", "progress", "label_lines", "sentences", "generators", "generators.labels"),
-    ("store", "generators.explanations", "calibration"),
-    ("template", "datasets", "search", "waves"),
+    ("store", "generators.explanations", "calibration", "estimates"),
+    ("recipe", "template", "datasets", "search", "waves"),
     ("passages", "combining", "ledger", "documents"),
     ("checkpoint", "judging", "ranking", "evaluation"),
     ("generators.hf", "generators.endpoint", "generators.chat_wire", "generators.scripted", "generators.overlap"),

@@ -18,6 +18,7 @@ from whyrank.cli.almanac import almanac
 from whyrank.cli.calibrate import calibrate
 from whyrank.cli.distill import distill
 from whyrank.cli.options import Interrupted, show_version
+from whyrank.cli.recipe import run
 from whyrank.cli.refine import refine
 from whyrank.errors import WhyrankError
 
@@ -44,6 +45,7 @@ for verb in (
     data.search,
     rerank.rerank,
     data.evaluate,
+    run,
     models.demo,
 ):
     app.command()(verb)

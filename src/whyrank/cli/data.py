@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,7 @@ from whyrank.cli.options import (
     existing,
     print_json,
     setting,
+    settings_of,
 )
 from whyrank.evaluation import Ties, parse_measures
 from whyrank.mining.config import MiningConfig
@@ -30,7 +31,7 @@ from whyrank.stages.evaluate import evaluate_files
 from whyrank.stages.mine import mine_files
 from whyrank.stages.search import search_files
 
-__all__ = ["evaluate", "mine", "search"]
+__all__ = ["evaluate", "mine", "mining_config", "search", "search_config"]
 
 MINING = MiningConfig(site="example.com")
 LEFT_OUT = (
@@ -39,7 +40,28 @@ LEFT_OUT = (
 )
 
 
+def mining_config(params: Mapping[str, Any]) -> MiningConfig:
+    """What `mine` was asked for.
+
+    Raises:
+        typer.BadParameter: a number is outside its range.
+    """
+    with as_usage_error():
+        return MiningConfig(**settings_of(MiningConfig, params), site_aliases=tuple(params["site_alias"] or ()))
+
+
+def search_config(params: Mapping[str, Any]) -> Bm25Config:
+    """What `search` was asked for.
+
+    Raises:
+        typer.BadParameter: a number is outside its range.
+    """
+    with as_usage_error():
+        return Bm25Config(**settings_of(Bm25Config, params))
+
+
 def mine(
+    context: typer.Context,
     posts: Annotated[Path, existing("--posts", help="A StackExchange dump's Posts.xml.")],
     site: Annotated[str, setting(MiningConfig, "site")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for corpus, queries, pairs, qrels, manifest.")],
@@ -70,20 +92,7 @@ def mine(
     Example:
       whyrank mine --posts Posts.xml --site ai.stackexchange.com --without-page context -o mined/
     """
-    with as_usage_error():
-        config = MiningConfig(
-            site=site,
-            site_aliases=tuple(site_alias or ()),
-            without_page=without_page,
-            min_answer_score=min_answer_score,
-            min_document_chars=min_document_chars,
-            num_negatives=num_negatives,
-            num_random=num_random,
-            first_rank=first_rank,
-            last_rank=last_rank,
-            test_fraction=test_fraction,
-            seed=seed,
-        )
+    config = mining_config(context.params)
     manifest = mine_files(posts, out, config, pages=pages or (), exclude=exclude or (), limit=limit, skip_bad=skip_bad)
     if json:
         print_json({"out": str(out), "counts": manifest.counts, "seconds": manifest.seconds})
@@ -113,6 +122,7 @@ def _reasons(counts: Mapping[str, int]) -> list[str]:
 
 
 def search(
+    context: typer.Context,
     corpus: Corpus,
     queries: Queries,
     out: Annotated[Path, typer.Option("-o", "--out", help="Run to write: TREC, or JSON where it ends in .json.")],
@@ -135,16 +145,7 @@ def search(
     Example:
       whyrank search --corpus docs.jsonl --queries queries.jsonl --top-k 100 -o bm25.trec
     """
-    with as_usage_error():
-        config = Bm25Config(
-            k1=k1,
-            b=b,
-            method=method,
-            delta=delta,
-            query_weighting=query_weighting,
-            stemmer=stemmer,
-            stop_words=stop_words,
-        )
+    config = search_config(context.params)
     found = search_files(
         corpus, queries, out, top_k=top_k, config=config, excluded=excluded, limit=limit, skip_bad=skip_bad
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
@@ -20,6 +21,7 @@ from whyrank.cli.options import (
     require_files,
     resumable,
     setting,
+    settings_of,
 )
 from whyrank.errors import InputError, require
 from whyrank.generators.opening import DEFAULT_TEMPLATE
@@ -31,14 +33,31 @@ from whyrank.training.config import AdapterConfig, DistillConfig, TinyConfig
 if TYPE_CHECKING:
     from whyrank.training.distill import Distilled
 
-__all__ = ["distill"]
+__all__ = ["distill", "distill_config"]
 
 ADAPTER = AdapterConfig()
 DISTILL = DistillConfig()
 TINY = TinyConfig()
 
 
+def distill_config(params: Mapping[str, Any]) -> DistillConfig:
+    """What `distill` was asked for.
+
+    Raises:
+        typer.BadParameter: a number is outside its range, or there is no such mode.
+    """
+    with as_usage_error():
+        named = {name: params[f"lora_{name}"] for name in ("rank", "alpha")}
+        named |= {"targets": _parts(params["lora_targets"]), **settings_of(AdapterConfig, params)}
+        return DistillConfig(
+            **{**settings_of(DistillConfig, params), "modes": _parse_modes(params["modes"])},
+            adapter=AdapterConfig(**named),
+            tiny=TinyConfig(**settings_of(TinyConfig, params)),
+        )
+
+
 def distill(
+    context: typer.Context,
     judgments: Annotated[
         list[Path], existing("--judgments", help="judgments.jsonl of whyrank label; may be repeated.")
     ],
@@ -111,36 +130,8 @@ def distill(
     require("transformers", "train")
     from whyrank.stages.distill import DevFiles, distill_files
 
+    config = distill_config(context.params)
     with as_usage_error():
-        config = replace(
-            DISTILL,
-            model=model,
-            modes=_parse_modes(modes),
-            is_label_first=is_label_first,
-            word_dropout=word_dropout,
-            max_tokens=max_tokens,
-            label_weight=label_weight,
-            is_balanced=is_balanced,
-            num_steps=num_steps,
-            batch_size=batch_size,
-            group_size=group_size,
-            is_packed=is_packed,
-            max_pass_tokens=max_pass_tokens,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            num_warmup_steps=num_warmup_steps,
-            decay_fraction=decay_fraction,
-            weight_decay=weight_decay,
-            precision=precision,
-            device=device,
-            num_threads=num_threads,
-            save_every=save_every,
-            eval_every=eval_every,
-            patience=patience,
-            seed=seed,
-            adapter=AdapterConfig(lora_rank, lora_alpha, _parts(lora_targets), quantize, is_merged),
-            tiny=TinyConfig(vocab_size, hidden_size, num_layers, num_heads, intermediate_size),
-        )
         dev = DevFiles.of(dev_run, dev_queries, dev_corpus, dev_qrels, dev_top_k)
         if source_weight and len(source_weight) != len(judgments):
             raise InputError(f"expected --source-weight for each of {len(judgments)} files, found {len(source_weight)}")

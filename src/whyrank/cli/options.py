@@ -69,6 +69,7 @@ __all__ = [
     "require_files",
     "resumable",
     "setting",
+    "settings_of",
     "show_version",
 ]
 
@@ -93,6 +94,11 @@ def attribute_docs(config: type) -> Mapping[str, str]:
 def setting(config: type, name: str, *flags: str, minimum: int | None = None) -> Any:
     """A command-line option for one attribute of a config class, with its help."""
     return typer.Option(*flags, help=attribute_docs(config)[name], min=minimum)
+
+
+def settings_of(config: type, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a verb that bear the names of a config's attributes."""
+    return {item.name: params[item.name] for item in fields(config) if item.name in params}
 
 
 def existing(*flags: str, help: str) -> Any:

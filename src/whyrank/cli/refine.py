@@ -26,10 +26,37 @@ from whyrank.store import Manifest
 from whyrank.template import Template
 from whyrank.training.refine_config import Algorithm, EvidenceConfig, RefineConfig, read_config
 
-__all__ = ["refine"]
+__all__ = ["refine", "refine_config"]
 
 CONFIG = RefineConfig()
 EVIDENCE = EvidenceConfig()
+
+
+def refine_config(context: typer.Context) -> RefineConfig:
+    """What `refine` was asked for: a file's options, and every one that was given on the command line.
+
+    Raises:
+        typer.BadParameter: the file or a number is not what was expected.
+    """
+    path: Path | None = context.params["config"]
+
+    def given(names: list[str]) -> dict[str, Any]:
+        sources = {name: context.get_parameter_source(name) for name in names if name in context.params}
+        return {
+            name: context.params[name]
+            for name, source in sources.items()
+            if source is not None and source.name == "COMMANDLINE"
+        }
+
+    with as_usage_error():
+        if path is not None:
+            require_files("--config", [path], "give a TOML or JSON file with options of refine")
+        config = CONFIG if path is None else read_config(path)
+        evidence = replace(config.evidence, **given([item.name for item in fields(EvidenceConfig)]))
+        changed = given([item.name for item in fields(RefineConfig)])
+        if "rewards" in changed:
+            changed["rewards"] = tuple(changed["rewards"])
+        return replace(config, **changed, evidence=evidence)
 
 
 def refine(
@@ -55,7 +82,7 @@ def refine(
     ] = None,
     dev_qrels: Annotated[Path | None, existing("--dev-qrels", help="What people say of the dev candidates.")] = None,
     config: Annotated[
-        Path | None, existing("--config", help="Options from a TOML file; those given here count more.")
+        Path | None, existing("--config", help="Options from a TOML or JSON file; those given here count more.")
     ] = None,
     template: Annotated[str | None, typer.Option(help="Name or TOML file; only for a model that brings none.")] = None,
     algorithm: Annotated[Algorithm, setting(RefineConfig, "algorithm")] = CONFIG.algorithm,
@@ -105,6 +132,7 @@ def refine(
     require("transformers", "train")
     from whyrank.stages.refine import RefineFiles, refine_files
 
+    settled = refine_config(context)
     with as_usage_error():
         files = RefineFiles(
             queries=tuple(queries),
@@ -116,9 +144,6 @@ def refine(
             dev_run=dev_run,
             dev_qrels=dev_qrels,
         )
-        if config is not None:
-            require_files("--config", [config], "give a TOML file with options of refine")
-        settled = _settled(context, read_config(config) if config is not None else CONFIG)
         asked = Template.load(template) if template is not None else None
     for option, paths in (("--queries", queries), ("--corpus", corpus)):
         require_files(option, paths, "give those that the pairs were made from")
@@ -141,21 +166,3 @@ def refine(
         if done.alarm:
             console().print(f"stopped: {done.alarm}")
     raise typer.Exit(EXIT_PARTIAL if done.alarm else EXIT_OK)
-
-
-def _settled(context: typer.Context, config: RefineConfig) -> RefineConfig:
-    """The config with every option that was given on the command line."""
-
-    def given(names: list[str]) -> dict[str, Any]:
-        sources = {name: context.get_parameter_source(name) for name in names if name in context.params}
-        return {
-            name: context.params[name]
-            for name, source in sources.items()
-            if source is not None and source.name == "COMMANDLINE"
-        }
-
-    evidence = replace(config.evidence, **given([item.name for item in fields(EvidenceConfig)]))
-    changed = given([item.name for item in fields(RefineConfig)])
-    if "rewards" in changed:
-        changed["rewards"] = tuple(changed["rewards"])
-    return replace(config, **changed, evidence=evidence)

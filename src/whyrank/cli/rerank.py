@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import JsonValue
@@ -49,17 +49,55 @@ from whyrank.cli.options import (
     resumable,
 )
 from whyrank.cli.printing import print_ranking, print_reranked
+from whyrank.generators.opening import ModelOptions
 from whyrank.judging import check_samples
+from whyrank.passages import LongDocuments, Passages
 from whyrank.progress import Progress
 from whyrank.ranking import OnUnparsed, parse_fuse
 from whyrank.records import Document, Judgment
-from whyrank.rerank import RankingMode, Reranker
+from whyrank.rerank import Reranker
 from whyrank.stages import EXIT_OK, EXIT_PARTIAL
 from whyrank.stages.failures import require_answers
 from whyrank.stages.rerank import read_candidates, rerank_files
 from whyrank.store import Manifest
+from whyrank.template import Template
 
-__all__ = ["rerank"]
+__all__ = ["check_rerank", "rerank"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What `rerank` was asked for, as far as it can be judged before anything is read."""
+
+    fields: dict[str, str]
+    template: Template | None
+    options: ModelOptions
+    long_documents: LongDocuments | Passages
+
+
+def check_rerank(context: typer.Context) -> Asked:
+    """Refuse options that do not belong together.
+
+    Raises:
+        typer.BadParameter: which, and why.
+    """
+    params = context.params
+    one, run = (params["query"], params["documents"]), (params["run"], params["out"])
+    is_one = _is_one(one, run, of_runs=[params[name] for name in ("corpus", "queries", "excluded")])
+    names = _parse_fields(params["field"] or [])
+    with as_usage_error():
+        needs_scores = parse_fuse(params["fuse"]).method in ("zscore", "minmax")
+    if is_one and needs_scores:
+        raise typer.BadParameter(
+            f"--fuse {params['fuse']} needs the scores of a --run; with --query choose none or rrf"
+        )
+    asked = template_of(params["template"])
+    options = model_options(context, params["model"])
+    long = passage_options(context)
+    _check_auto(params, is_fanned_out=params["num_samples"] > 1 or long != "cut")
+    with as_usage_error():
+        check_samples(params["num_samples"], params["temperature"])
+    return Asked(names, asked, options, long)
 
 
 def rerank(
@@ -126,21 +164,8 @@ def rerank(
       whyrank rerank --run rankgpt.json --model endpoint:http://localhost:8000/v1#my-model -o out/
       whyrank rerank --query "Why do the leaves of my fern turn brown?" --documents docs.jsonl
     """
-    is_one = _is_one((query, documents), (run, out), of_runs=(corpus, queries, excluded))
-    names = _parse_fields(field or [])
-    with as_usage_error():
-        needs_scores = parse_fuse(fuse).method in ("zscore", "minmax")
-    if is_one and needs_scores:
-        raise typer.BadParameter(f"--fuse {fuse} needs the scores of a --run; with --query choose none or rrf")
     manifest = Manifest("rerank", {})
-    asked = template_of(template)
-    options = model_options(context, model)
-    long = passage_options(context)
-    _check_auto(
-        mode, (auto_top_k, auto_tolerance, max_tokens_per_query), is_fanned_out=num_samples > 1 or long != "cut"
-    )
-    with as_usage_error():
-        check_samples(num_samples, temperature)
+    asked = check_rerank(context)
     candidates = None
     if run is not None:  # before the model, which may take minutes to load
         candidates = read_candidates(
@@ -151,11 +176,11 @@ def rerank(
             top_k=top_k,
             limit=limit,
             skip_bad=skip_bad,
-            fields=names,
+            fields=asked.fields,
         )
     reranker = Reranker.load(
         model,
-        template=asked,
+        template=asked.template,
         mode=mode,
         instruction=instruction,
         fuse=fuse,
@@ -163,21 +188,21 @@ def rerank(
         max_explanation_tokens=max_explanation_tokens,
         temperature=temperature,
         num_samples=num_samples,
-        long_documents=long,
+        long_documents=asked.long_documents,
         auto_top_k=auto_top_k,
         auto_tolerance=auto_tolerance,
         max_tokens_per_query=max_tokens_per_query,
-        options=options,
+        options=asked.options,
     )
     if query is not None and documents is not None:
-        found = read_documents(documents, names, limit=limit, skip_bad=skip_bad)
+        found = read_documents(documents, asked.fields, limit=limit, skip_bad=skip_bad)
         _rank_one(reranker, query, found, top_k=top_k, as_json=json)
     assert candidates is not None
     assert out is not None
     more: dict[str, JsonValue] = {"fuse": fuse, "on_unparsed": on_unparsed, "top_k": top_k, "limit": limit}
     passages = asdict(reranker.judge.passages) if reranker.judge.passages else None
     more |= {"num_samples": num_samples, "passages": passages}
-    config = judge_config(reranker, options, **more, field={**names}, skip_bad=skip_bad)
+    config = judge_config(reranker, asked.options, **more, field={**asked.fields}, skip_bad=skip_bad)
     manifest = replace(manifest, config=config).with_inputs(run, corpus, queries, excluded)
     with resumable(out / "judgments.jsonl"):
         done = rerank_files(candidates, reranker, out, manifest)
@@ -223,8 +248,10 @@ def _is_one(
     return num_one > 0
 
 
-def _check_auto(mode: RankingMode, settings: Sequence[float | None], *, is_fanned_out: bool) -> None:
+def _check_auto(params: Mapping[str, Any], *, is_fanned_out: bool) -> None:
     """Options of mode `auto` belong to it, and those that judge a document several times do not."""
+    mode = params["mode"]
+    settings = [params[name] for name in ("auto_top_k", "auto_tolerance", "max_tokens_per_query")]
     if mode == "auto" and is_fanned_out:
         raise typer.BadParameter("--mode auto judges a document once: leave --samples and --long-documents out")
     if mode != "auto" and any(setting is not None for setting in settings):

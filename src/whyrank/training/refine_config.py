@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from whyrank.errors import InputError
+from whyrank.store import read_json
 from whyrank.training.config import AdapterConfig
 
 __all__ = ["Algorithm", "EvidenceConfig", "RefineConfig", "read_config"]
@@ -184,13 +185,15 @@ class RefineConfig:
 
 
 def read_config(path: Path) -> RefineConfig:
-    """Options from a TOML file; what it leaves out has its default. The tables `evidence` and `adapter` hold theirs.
+    """Options from a TOML file, or JSON where the name ends in .json; what it leaves out has its default. The tables
+    `evidence` and `adapter` hold theirs.
 
     Raises:
-        InputError: it is not TOML, or has an unknown key or a value of the wrong kind or range.
+        InputError: it is neither, or has an unknown key or a value of the wrong kind or range.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        is_json = path.suffix == ".json"
+        data = read_json(path) if is_json else tomllib.loads(path.read_text(encoding="utf-8-sig"))
         return TypeAdapter(RefineConfig).validate_python(data)
     except ValidationError as cause:
         problem = cause.errors(include_url=False)[0]
