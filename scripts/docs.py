@@ -4,7 +4,7 @@
     python scripts/docs.py --check    exit 1 and show what differs; pages may be named
 
 A marked part stands between `<!-- KIND: WHAT -->` and `<!-- end -->`; `GENERATORS` says which kinds there are.
-Examples really run, in an empty folder that holds `docs/examples`; times and speeds become an ellipsis.
+Examples really run, in an empty folder that holds `docs/examples` and `recipes`; times and speeds become an ellipsis.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import logging
 import os
 import re
 import shlex
@@ -62,6 +63,7 @@ class Screen(io.StringIO):
 def run_whyrank(arguments: list[str], screen: io.StringIO) -> tuple[str, int]:
     """What `whyrank` prints on standard output and, of its own, on standard error; and its exit code."""
     errors, code = io.StringIO(), 0
+    logging.getLogger().handlers.clear()  # the last run's writes to what was its standard error
     with (
         patch.object(sys, "argv", ["whyrank", *arguments]),
         contextlib.redirect_stdout(screen),
@@ -231,7 +233,8 @@ def regenerated(page: str) -> str:
         return match["begin"] + GENERATORS[match["kind"]](match["what"] or "", match["body"]) + match["end"]
 
     with tempfile.TemporaryDirectory(prefix="whyrank-docs-") as folder, patch.dict(os.environ, TERMINAL):
-        shutil.copytree(ROOT / "docs" / "examples", Path(folder) / "docs" / "examples")
+        for name in ("docs/examples", "recipes"):
+            shutil.copytree(ROOT / name, Path(folder) / name)
         with contextlib.chdir(folder):
             return MARKED.sub(replaced, page)
 

@@ -2,6 +2,7 @@
 
     WhyrankError
     ├── InputError          a file or argument is not what was expected (also a ValueError)
+    │   └── OtherJob        a folder holds what was made from other inputs or with other options
     ├── MissingExtra        an optional dependency is not installed (also an ImportError)
     ├── UnsupportedModel    a checkpoint that this backend cannot run correctly
     ├── TemplateMismatch    checkpoint, tokenizer and template do not belong together
@@ -20,6 +21,7 @@ __all__ = [
     "GenerationError",
     "InputError",
     "MissingExtra",
+    "OtherJob",
     "TemplateMismatch",
     "TooManyUnparsed",
     "UnsupportedModel",
@@ -34,6 +36,10 @@ class WhyrankError(Exception):
 
 class InputError(WhyrankError, ValueError):
     """A file, line or argument is not what was expected."""
+
+
+class OtherJob(InputError):
+    """A folder holds results of another job, which must not be mixed with those of this one."""
 
 
 class MissingExtra(WhyrankError, ImportError):

@@ -6,7 +6,7 @@ import sqlite3
 from dataclasses import replace
 from typing import Any
 
-from whyrank.errors import InputError
+from whyrank.errors import InputError, OtherJob
 from whyrank.records import Judgment
 from whyrank.store import JsonlAppender, content_key
 
@@ -51,12 +51,12 @@ class Ledger:
         """Whether the file holds a judgment of the pair.
 
         Raises:
-            InputError: it holds one that was made differently.
+            OtherJob: it holds one that was made differently.
         """
         found = self._one("SELECT key FROM held WHERE ids = ?", content_key(*ids))
         if found is not None and found != key:
             here = self.read(ids)
-            raise InputError(
+            raise OtherJob(
                 f"{self._appender.path} holds a judgment of ({here.query_id}, {here.doc_id}) by {here.model} with "
                 f"{here.template} in mode {here.mode}, made from another text, model, template, mode, sampling or "
                 "instruction; choose another output folder"

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,6 +32,7 @@ __all__ = [
     "is_done",
     "read_done",
     "read_recipe",
+    "set_aside",
     "write_done",
 ]
 
@@ -210,6 +212,12 @@ def files_in(out: Path) -> tuple[str, ...]:
     if not out.is_dir():
         return (str(out),) if out.is_file() else ()
     return tuple(str(path) for path in sorted(out.iterdir()) if path.is_file() and not path.name.startswith("."))
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder to itself and the first free number: nothing that was made is thrown away."""
+    free = next(name for number in count(1) if not (name := folder.with_name(f"{folder.name}.{number}")).exists())
+    return folder.rename(free)
 
 
 def digest(path: Path) -> str:

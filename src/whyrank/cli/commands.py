@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from whyrank.cli.distill import distill_config
 from whyrank.cli.options import model_options
 from whyrank.cli.refine import refine_config
 from whyrank.cli.rerank import check_rerank
-from whyrank.errors import InputError, WhyrankError
-from whyrank.recipe import DoneStage, Recipe, Stage, digest, files_in, is_done
+from whyrank.errors import InputError, OtherJob, WhyrankError
+from whyrank.recipe import DoneStage, Recipe, Stage, digest, files_in, is_done, set_aside
 from whyrank.store import atomic_path
 
 __all__ = ["VERBS", "Command", "commands_of"]
@@ -34,6 +35,7 @@ CHECKS: Final[Mapping[str, Callable[[typer.Context], object]]] = {
 }
 VERBS: Final = ("mine", "label", "distill", "refine", "calibrate", "search", "rerank", "evaluate", "almanac export")
 NOT_IN_RECIPES: Final = ("json", "help")
+log = logging.getLogger("whyrank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +65,30 @@ class Command:
     def run(self) -> int:
         """Run the verb in this process; returns its exit code.
 
+        What the stage made earlier, from other inputs or with other options, is set aside under another name if it must
+        not be mixed with what it makes now.
+
         Raises:
             WhyrankError: as the verb, with the stage's name.
         """
+        try:
+            try:
+                return self._invoke()
+            except OtherJob:
+                if self.out is None or not self.out.is_dir():
+                    raise
+                aside = set_aside(self.out)
+                log.warning("%s held what other inputs or options had made; it is %s now", self.out, aside)
+                return self._invoke()
+        except (WhyrankError, OSError) as cause:
+            raise WhyrankError(f"stage {self.stage.name}: {cause}") from cause
+
+    def _invoke(self) -> int:
         try:
             with self.context:
                 self.context.command.invoke(self.context)
         except typer.Exit as stop:
             return stop.exit_code
-        except (WhyrankError, OSError) as cause:
-            raise WhyrankError(f"stage {self.stage.name}: {cause}") from cause
         return 0
 
     def as_done(self) -> DoneStage:

@@ -24,7 +24,7 @@ from whyrank.stages import EXIT_OK, EXIT_PARTIAL
 
 __all__ = ["run"]
 
-LINE_LENGTH: Final = 80
+LINE_LENGTH: Final = 95
 
 
 def run(
@@ -159,20 +159,25 @@ def _estimate(recipe: Recipe, commands: Sequence[Command], work: Path, *, as_jso
         screen.print(f"? the recipe does not say {missing}")
     screen.print("\nThe same, stage by stage, in the work folder:")
     for command in commands:
-        screen.print("\n".join(_lines(command, work)))
+        screen.print("\n".join(_lines(command, work)), soft_wrap=True)
 
 
 def _lines(command: Command, work: Path) -> list[str]:
     """A command as a person would write it, in lines that can be copied together."""
-    lines = ["whyrank"]
+    groups: list[str] = ["whyrank"]  # an option stands in one line with its value
     for word in command.words:
         shown = shlex.quote(os.path.relpath(word, work) if os.path.isabs(word) else word)
-        is_wide = len(lines[-1]) + len(shown) > LINE_LENGTH
-        if is_wide and word.startswith("-"):
-            lines[-1] += " \\"
-            lines.append(f"  {shown}")
+        if word.startswith("-"):
+            groups.append(shown)
         else:
-            lines[-1] += f" {shown}"
+            groups[-1] += f" {shown}"
+    lines = groups[:1]
+    for group in groups[1:]:
+        if len(lines[-1]) + len(group) > LINE_LENGTH:
+            lines[-1] += " \\"
+            lines.append(f"  {group}")
+        else:
+            lines[-1] += f" {group}"
     return lines
 
 

@@ -62,7 +62,7 @@ from whyrank.stages.rerank import read_candidates, rerank_files
 from whyrank.store import Manifest
 from whyrank.template import Template
 
-__all__ = ["check_rerank", "rerank"]
+__all__ = ["Asked", "check_rerank", "rerank"]
 
 
 @dataclass(frozen=True, slots=True)

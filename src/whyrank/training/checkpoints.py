@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whyrank.checkpoint import Card, write_card
-from whyrank.errors import InputError
+from whyrank.errors import InputError, OtherJob
 from whyrank.generators.hf.load import load_model, without_progress_bars
 from whyrank.store import read_json, sha256_file
 from whyrank.training.config import AdapterConfig
@@ -144,7 +144,7 @@ def load_state(
         The state and the best weights so far; `None` if there is no state that is whole.
 
     Raises:
-        InputError: the state belongs to other data or another config.
+        OtherJob: the state belongs to other data or another config.
     """
     found = find_state(folder, identity)
     if found is None:
@@ -179,14 +179,14 @@ def find_state(folder: Path, identity: str) -> tuple[Path, dict[str, Any]] | Non
     """The last state that is whole, or the one before it: where its files lie, and what was told beside them.
 
     Raises:
-        InputError: the state belongs to other data or other options.
+        OtherJob: the state belongs to other data or other options.
     """
     for place in (folder, _siblings(folder)[1]):
         told = _told_if_whole(place)
         if told is None:
             continue
         if told.get("identity") != identity:
-            raise InputError(
+            raise OtherJob(
                 f"{folder} holds a state of another run (other data, model, template or options); remove it, or "
                 "choose another -o"
             )

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from whyrank.checkpoint import CARD_NAME, Card, read_card
-from whyrank.errors import InputError, require
+from whyrank.errors import InputError, OtherJob, require
 from whyrank.generators.hf.attention import check_replaceable
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.hf.load import load_model, load_tokenizer, resolve_device
@@ -266,12 +266,12 @@ def _finished_before(out: Path, identity: str) -> tuple[Step, ...] | None:
     """The history of the same training if `out` already holds its result.
 
     Raises:
-        InputError: `out` holds another checkpoint.
+        OtherJob: `out` holds another checkpoint.
     """
     if not (out / CARD_NAME).is_file():
         return None
     if read_card(out / CARD_NAME).training.get("identity") != identity:
-        raise InputError(
+        raise OtherJob(
             f"{out} holds a checkpoint trained on other data or with other options; remove it, or choose another folder"
         )
     remove_state(out / "state")

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whyrank.checkpoint import CARD_NAME, Card, read_card
-from whyrank.errors import InputError
+from whyrank.errors import InputError, OtherJob
 from whyrank.generators.hf import HfGenerator
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.hf.load import load_model, load_tokenizer, resolve_device, weights_digest
@@ -371,13 +371,13 @@ def _finished_before(out: Path, identity: str, data: RefineData) -> Refined | No
     """The same refinement if `out` already holds its result.
 
     Raises:
-        InputError: `out` holds another checkpoint.
+        OtherJob: `out` holds another checkpoint.
     """
     if not (out / CARD_NAME).is_file():
         return None
     told = read_card(out / CARD_NAME).training
     if told.get("identity") != identity:
-        raise InputError(
+        raise OtherJob(
             f"{out} holds a checkpoint trained on other data or with other options; remove it, or choose another folder"
         )
     for leftover in ("state", "best"):  # of a run that was killed behind its last write
