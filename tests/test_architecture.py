@@ -23,7 +23,7 @@ LAYERS = (
     ("errors", "records", "progress", "label_lines", "sentences", "generators", "generators.labels"),
     ("store", "generators.explanations", "calibration", "estimates"),
     ("recipe", "template", "datasets", "search", "waves"),
-    ("passages", "combining", "ledger", "documents"),
+    ("passages", "combining", "ledger", "documents", "search_queries"),
     ("checkpoint", "judging", "ranking", "evaluation"),
     ("generators.hf", "generators.endpoint", "generators.chat_wire", "generators.scripted", "generators.overlap"),
     ("generators.vllm", "auto"),

@@ -28,6 +28,7 @@ def test_search() -> None:
         "num_queries": 2,
         "num_empty_queries": 0,
         "num_lines": 4,
+        "unreadable_expansions": 0,
         "num_bad_lines": 0,
     }
     assert "5 documents, 2 queries" in run("search", *TEXTS, "-o", "bm25.trec").stdout
@@ -176,7 +177,8 @@ def test_distill_then_rerank_with_the_student() -> None:
     small = ("--num-steps", "2", "--batch-size", "2", "--save-every", "1", "--device", "cpu")
     learn = (*words, *small, "--modes", "explain,direct")
     found = run_json(*learn)
-    counted = ["num_examples", "num_left_out", "num_parameters", "num_too_long", "num_trained_parameters"]
+    counted = ["num_examples", "num_left_out", "num_parameters", "num_search_examples"]
+    counted += ["num_too_long", "num_trained_parameters"]
     assert sorted(found) == ["best_step", "checkpoint", "history", *counted]
     assert (found["checkpoint"], found["num_examples"], found["num_left_out"]) == ("student", 6, 0)
     assert [step["step"] for step in found["history"]] == [1, 2]

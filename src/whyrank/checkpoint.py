@@ -26,7 +26,8 @@ class Card:
 
     `label_tokens` maps each label text to its token ids at training time, so that a tokenizer that changed on the
     way is noticed. `training` is free-form provenance. `calibration`, which mode `auto` rests on, is measured after
-    training; a card may be without one.
+    training; a card may be without one. `search_queries` is the version of the prompt by which it was taught to write
+    search queries, and empty if it was not.
     """
 
     template: Template
@@ -34,6 +35,7 @@ class Card:
     label_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
+    search_queries: str = ""
 
     def check(self, *, mode: Mode, template: Template | None, label_tokens: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse to run the checkpoint in a way it was not trained for.
@@ -55,6 +57,19 @@ class Card:
             raise TemplateMismatch(
                 f"the tokenizer spells the labels as {dict(label_tokens)}, at training time it was "
                 f"{dict(self.label_tokens)}; restore the tokenizer that was saved with the checkpoint"
+            )
+
+    def check_search_queries(self, prompt: str) -> None:
+        """Refuse a checkpoint that was not taught to write search queries, or by another prompt.
+
+        Raises:
+            TemplateMismatch: which of the two.
+        """
+        if self.search_queries != prompt:
+            found = f"by {self.search_queries}" if self.search_queries else "not at all"
+            raise TemplateMismatch(
+                f"expected a checkpoint that was taught to write search queries by {prompt}, found one that was taught "
+                f"{found}; train one with whyrank distill --search-queries, or give another model"
             )
 
     def check_both_modes(self) -> None:
@@ -80,6 +95,8 @@ def write_card(folder: Path | str, card: Card) -> None:
         "label_tokens": {label: list(ids) for label, ids in card.label_tokens.items()},
         "training": dict(card.training),
     }
+    if card.search_queries:
+        data["search_queries"] = card.search_queries
     if card.calibration is not None:  # without one, the card is what it has always been
         data["calibration"] = card.calibration.to_dict()
     with atomic_path(Path(folder) / CARD_NAME) as temporary:
@@ -102,6 +119,7 @@ def read_card(path: Path | str) -> Card:
             modes=tuple(data["modes"]),
             label_tokens={label: tuple(ids) for label, ids in data["label_tokens"].items()},
             training=data["training"],
+            search_queries=str(data.get("search_queries", "")),
             calibration=calibration_from_dict(data["calibration"], where=str(path)) if "calibration" in data else None,
         )
         version = data["template_version"]

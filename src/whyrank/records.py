@@ -21,6 +21,7 @@ __all__ = [
     "Query",
     "Relation",
     "ScoredDocument",
+    "SearchQueries",
     "Status",
     "to_plain",
 ]
@@ -164,6 +165,30 @@ class Judgment:
     def num_unread_answers(self) -> int:
         """How many of them could not be read; of a single answer, its status tells."""
         return max(self.num_unreadable, int(self.score is None))
+
+
+@dataclass(frozen=True, slots=True)
+class SearchQueries:
+    """What a model wrote to search with in place of a query, and everything needed to trust it or not.
+
+    `key` is the content address: prompt, model, sampling and the query's text. `queries` is empty if and only if the
+    status is `unparsed` or `error`; then `unreadable` keeps the raw answer and `error` the exception, apart. With
+    `forced` the answer hit its cap, and the line that it ended in is left out.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    key: str
+    query_id: str
+    status: Literal["ok", "forced", "unparsed", "error"]
+    queries: tuple[str, ...]
+    is_query_cut: bool
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    prompt: str
+    model: str
+    unreadable: str | None = None
+    error: str | None = None
 
 
 def to_plain(record: Any) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from random import Random
 
 from whyrank.almanac.collection import Collection
-from whyrank.records import Judgment
+from whyrank.almanac.loading import load_knowledge
+from whyrank.records import Judgment, SearchQueries
+from whyrank.search_queries import PROMPT_VERSION, normalised
 from whyrank.store import content_key
 from whyrank.template import Template
 
-__all__ = ["GOLD_NAME", "gold_judgments", "with_shuffled_explanations"]
+__all__ = ["GOLD_NAME", "gold_judgments", "gold_search_queries", "with_shuffled_explanations"]
 
 GOLD_NAME = "almanac-gold"
 
@@ -63,6 +65,29 @@ def gold_judgments(
                 template=template.version,
                 model=GOLD_NAME,
             )
+
+
+def gold_search_queries(collection: Collection) -> Iterator[SearchQueries]:
+    """What a person who knows would search for: a summary of each observation, the cause by its name, what
+    handbooks say of it (in the phrasings that are not held out), and the things of the query's setting."""
+    knowledge = load_knowledge()
+    for query in collection.queries:
+        facts = collection.query_facts[query.query_id]
+        domain = knowledge.domain(facts.domain)
+        mechanism = domain.mechanism(facts.mechanism)
+        things = ", ".join(domain.setting(facts.setting).things)
+        seen = [domain.observation(entry).summary for entry in facts.observations]
+        yield SearchQueries(
+            key=content_key(PROMPT_VERSION, GOLD_NAME, query.text),
+            query_id=query.query_id,
+            status="ok",
+            queries=normalised([*seen, mechanism.name, *mechanism.shown(False), things]),
+            is_query_cut=False,
+            num_prompt_tokens=0,
+            num_completion_tokens=0,
+            prompt=PROMPT_VERSION,
+            model=GOLD_NAME,
+        )
 
 
 def with_shuffled_explanations(judgments: Sequence[Judgment], *, seed: int = 0) -> Iterator[Judgment]:

@@ -17,6 +17,7 @@ from whyrank.cli import data, models, rerank
 from whyrank.cli.almanac import almanac
 from whyrank.cli.calibrate import calibrate
 from whyrank.cli.distill import distill
+from whyrank.cli.expand import expand
 from whyrank.cli.options import Interrupted, show_version
 from whyrank.cli.recipe import run
 from whyrank.cli.refine import refine
@@ -42,6 +43,7 @@ for verb in (
     distill,
     refine,
     calibrate,
+    expand,
     data.search,
     rerank.rerank,
     data.evaluate,

@@ -10,12 +10,13 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from whyrank.almanac import HANDWRITTEN, Split, build, load_handwritten, write_bright
-from whyrank.almanac.gold import gold_judgments
+from whyrank.almanac.gold import gold_judgments, gold_search_queries
 from whyrank.almanac.links import LinksConfig, answer_links
 from whyrank.almanac.teacher import TeacherConfig, teacher_judgments
 from whyrank.cli.options import Json, as_usage_error, console, print_json
 from whyrank.errors import InputError
 from whyrank.records import Judgment, Pair
+from whyrank.stages.expand import SEARCH_QUERIES
 from whyrank.store import write_jsonl
 from whyrank.template import Template
 
@@ -67,9 +68,10 @@ def export(
 ) -> None:
     """Write a split in files that every other verb reads, with the gold explanations as judgments.
 
-    The folder bright/ in it holds the same in the layout of BRIGHT's data set. With --teacher, teacher.jsonl holds what
-    a teacher says whose mistakes are systematic and whose wrong labels have matching wrong reasons, and pairs.jsonl
-    simulated answer links as whyrank mine writes them.
+    search-queries.jsonl holds what somebody would search for who knows the answers, and the folder bright/ the same in
+    the layout of BRIGHT's data set. With --teacher, teacher.jsonl holds what a teacher says whose mistakes are
+    systematic and whose wrong labels have matching wrong reasons, and pairs.jsonl simulated answer links as whyrank
+    mine writes them.
 
     \b
     Example:
@@ -89,6 +91,7 @@ def export(
     template = Template.load("almanac")
     gold = gold_judgments(collection, template, num_irrelevant=num_irrelevant, seed=seed)
     num_judgments = write_jsonl(out / "judgments.jsonl", gold)
+    write_jsonl(out / SEARCH_QUERIES, gold_search_queries(collection))
     counts = {
         "queries": len(collection.queries),
         "documents": len(collection.documents),

@@ -28,12 +28,24 @@ __all__ = ["VERBS", "Command", "commands_of"]
 CHECKS: Final[Mapping[str, Callable[[typer.Context], object]]] = {
     "mine": lambda context: mining_config(context.params),
     "label": lambda context: model_options(context, context.params["teacher"]),
+    "expand": lambda context: model_options(context, context.params["model"]),
     "distill": lambda context: distill_config(context.params),
     "refine": refine_config,
     "search": lambda context: search_config(context.params),
     "rerank": check_rerank,
 }
-VERBS: Final = ("mine", "label", "distill", "refine", "calibrate", "search", "rerank", "evaluate", "almanac export")
+VERBS: Final = (
+    "mine",
+    "label",
+    "expand",
+    "distill",
+    "refine",
+    "calibrate",
+    "search",
+    "rerank",
+    "evaluate",
+    "almanac export",
+)
 NOT_IN_RECIPES: Final = ("json", "help")
 log = logging.getLogger("whyrank")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from whyrank.cli.expand import expansions_of, print_expanded
 from whyrank.cli.options import (
     BM25,
     Corpus,
@@ -26,10 +27,14 @@ from whyrank.cli.options import (
 )
 from whyrank.evaluation import Ties, parse_measures
 from whyrank.mining.config import MiningConfig
+from whyrank.records import Query
 from whyrank.search import Bm25Config, Bm25Method, QueryWeighting
+from whyrank.stages import EXIT_OK, EXIT_PARTIAL
 from whyrank.stages.evaluate import evaluate_files
+from whyrank.stages.expand import SEARCH_QUERIES, Expanded, Expansion
 from whyrank.stages.mine import mine_files
 from whyrank.stages.search import search_files
+from whyrank.store import Manifest
 
 __all__ = ["evaluate", "mine", "mining_config", "search", "search_config"]
 
@@ -134,6 +139,18 @@ def search(
     query_weighting: Annotated[QueryWeighting, setting(Bm25Config, "query_weighting")] = BM25.query_weighting,
     stemmer: Annotated[str, setting(Bm25Config, "stemmer")] = BM25.stemmer,
     stop_words: Annotated[str, setting(Bm25Config, "stop_words")] = BM25.stop_words,
+    expand: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|FILE",
+            help="Search for more than the queries' own words: search queries by a model (see whyrank expand), or "
+            "from its search-queries.jsonl.",
+        ),
+    ] = None,
+    expansion: Annotated[
+        Expansion,
+        typer.Option(help="append: one search for all of a query's texts; fuse: one for each, fused by rank."),
+    ] = "append",
     excluded: Excluded = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -141,23 +158,48 @@ def search(
 ) -> None:
     """Find candidates with BM25: the first stage.
 
+    With --expand, what a model writes is kept beside the run, and the same command continues where it was stopped. A
+    query for which nothing could be read is searched for as it is (exit code 7).
+
     \b
     Example:
       whyrank search --corpus docs.jsonl --queries queries.jsonl --top-k 100 -o bm25.trec
     """
+    written: list[Expanded] = []
+
+    def more_queries(asked: Sequence[Query]) -> Mapping[str, Sequence[str]]:
+        assert expand is not None
+        kept = out.with_name(f"{out.name}.{SEARCH_QUERIES}")
+        found, done = expansions_of(expand, asked, kept, Manifest("expand", {}).with_inputs(queries))
+        written.extend([done] if done else [])
+        return found
+
     config = search_config(context.params)
     found = search_files(
-        corpus, queries, out, top_k=top_k, config=config, excluded=excluded, limit=limit, skip_bad=skip_bad
+        corpus,
+        queries,
+        out,
+        top_k=top_k,
+        config=config,
+        excluded=excluded,
+        expand=more_queries if expand else None,
+        expansion=expansion,
+        limit=limit,
+        skip_bad=skip_bad,
     )
+    unreadable = sum(done.counts.num_unreadable for done in written)
     if json:
-        print_json({**asdict(found), "run": str(found.run)})
-        return
+        print_json({**asdict(found), "run": str(found.run), "unreadable_expansions": unreadable})
+        raise typer.Exit(EXIT_PARTIAL if unreadable else EXIT_OK)
+    for done in written:
+        print_expanded(done)
     console().print(
         f"{found.num_documents} documents, {found.num_queries} queries ({found.num_empty_queries} found nothing), "
         f"{found.num_lines} lines in {out} ({found.seconds:.1f} s)"
     )
     if found.num_bad_lines:
         console().print(f"{found.num_bad_lines} malformed lines were passed over")
+    raise typer.Exit(EXIT_PARTIAL if unreadable else EXIT_OK)
 
 
 def evaluate(

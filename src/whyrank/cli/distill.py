@@ -78,6 +78,11 @@ def distill(
         list[float] | None,
         typer.Option(help="Proportion in which a --judgments file is drawn; once for each of them, in their order."),
     ] = None,
+    search_queries: Annotated[
+        list[Path] | None,
+        existing("--search-queries", help="search-queries.jsonl of whyrank expand, to teach that, too; repeatable."),
+    ] = None,
+    search_query_share: Annotated[float, setting(DistillConfig, "search_query_share")] = DISTILL.search_query_share,
     num_steps: Annotated[int, setting(DistillConfig, "num_steps")] = DISTILL.num_steps,
     batch_size: Annotated[int, setting(DistillConfig, "batch_size")] = DISTILL.batch_size,
     group_size: Annotated[int, setting(DistillConfig, "group_size")] = DISTILL.group_size,
@@ -139,12 +144,16 @@ def distill(
     require_files("--judgments", judgments, "whyrank label writes a judgments.jsonl into its -o")
     require_files("--queries", queries, "give those that the judgments were made from")
     require_files("--corpus", corpus, "give the one that the judgments were made from")
+    more = search_queries or []
+    require_files("--search-queries", more, "whyrank expand writes a search-queries.jsonl into its -o")
     manifest = Manifest("distill", {}, seed=seed).with_inputs(
-        *judgments, *queries, *corpus, *(dev.paths if dev else ())
+        *judgments, *queries, *corpus, *more, *(dev.paths if dev else ())
     )
     with resumable(out / "state"):
         given = (judgments, queries, corpus, taught, out, config, manifest)
-        done = distill_files(*given, dev=dev, shares=source_weight, limit=limit, has_board=tensorboard)
+        done = distill_files(
+            *given, dev=dev, shares=source_weight, search_queries=more, limit=limit, has_board=tensorboard
+        )
     if json:
         print_json({**asdict(done), "checkpoint": str(out), "history": [asdict(step) for step in done.history]})
     else:
@@ -156,6 +165,8 @@ def _print_distilled(done: Distilled, out: Path) -> None:
     left_out = f"{done.num_left_out} judgments without a label left out"
     if done.num_too_long:
         left_out += f", {done.num_too_long} too long"
+    if done.num_search_examples:
+        left_out += f"; {done.num_search_examples} about search queries"
     trained, whole = done.num_trained_parameters, done.num_parameters
     parameters = f"{whole:,} parameters" if trained == whole else f"{trained:,} of {whole:,} parameters"
     console().print(

@@ -212,19 +212,19 @@ def model_options(context: typer.Context, model: str | None) -> ModelOptions:
     Raises:
         typer.BadParameter: an option was given that the model's backend has no use for, or a value that means nothing.
     """
-    names = [option.name for option in fields(ModelOptions)]
+    names = [option.name for option in fields(ModelOptions) if option.name in context.params]
     backend, useful = options_of(model)
     flags = {parameter.name: parameter.opts[0] for parameter in context.command.params if parameter.name in names}
     given = [name for name in names if _is_given(context, name)]
     idle = [flags[name] for name in given if name not in useful]
     if idle:
-        rest = ", ".join(flags[name] for name in useful) or "none of these options"
+        rest = ", ".join(flags[name] for name in useful if name in flags) or "none of these options"
         raise typer.BadParameter(
             f"{', '.join(idle)}: without effect on {model or 'the demo model'}, leave it out; a model of the kind "
             f"{backend} takes {rest}"
         )
     with as_usage_error():
-        return ModelOptions(**{name: context.params[name] for name in names})
+        return ModelOptions(**settings_of(ModelOptions, context.params))
 
 
 def passage_options(context: typer.Context) -> LongDocuments | Passages:

@@ -56,8 +56,9 @@ class Request:
 
     `segments` is the prompt; trailing assistant segments are the beginning of the answer. `stops` end the
     explanation (the text before the first of them is kept). `label_prompt` is what the runtime appends before
-    it reads the label; `labels` are the texts that may follow it, terminators included. `is_direct` skips the
-    explanation. `chat_options` are passed on to the model's chat template.
+    it reads the label; `labels` are the texts that may follow it, terminators included. Without labels the text is
+    all that is wanted, and `label_probs` is empty or `None`. `is_direct` skips the explanation. `chat_options` are
+    passed on to the model's chat template.
     """
 
     segments: tuple[Segment, ...]

@@ -21,7 +21,15 @@ from whyrank.records import Mode
 from whyrank.store import sha256_file
 from whyrank.template import Template
 
-__all__ = ["DEFAULT_TEMPLATE", "EMBEDDED_MODEL", "ModelOptions", "calibration_of", "open_model", "options_of"]
+__all__ = [
+    "DEFAULT_TEMPLATE",
+    "EMBEDDED_MODEL",
+    "ModelOptions",
+    "calibration_of",
+    "open_model",
+    "open_writer",
+    "options_of",
+]
 
 DEFAULT_TEMPLATE = "explain-0-2"
 EMBEDDED_MODEL = Path(str(files("whyrank") / "almanac" / "model"))
@@ -165,23 +173,59 @@ def calibration_of(spec: str | Path | None) -> Calibration:
         MissingExtra: the backend is not installed.
         TemplateMismatch: the checkpoint was not trained for both modes.
     """
-    backend, _ = options_of(spec)
-    place = str(EMBEDDED_MODEL if spec is None else spec).removeprefix("vllm:")
-    if _is_path(place) and not Path(place).expanduser().is_dir():
-        raise InputError(f"expected a folder with a checkpoint at {place}, found nothing")
-    card = None
-    if backend in ("hf", "vllm"):
-        require("transformers", backend)
-        card = _find_card(Path(place).expanduser() if _is_path(place) else place, is_template_given=False)
+    card = _card_of(spec)
     if card is not None:
         card.check_both_modes()
     if card is None or card.calibration is None:
+        place = _place_of(spec)
         what = f"the {CARD_NAME} of {place} has none" if card else f"{place} has no {CARD_NAME}, where it is kept"
         raise InputError(
             f"--mode auto rests on a calibration, and {what}; make one for a checkpoint of whyrank distill: whyrank "
             "calibrate --model FOLDER --run RUN --corpus DOCUMENTS --queries QUERIES -o OUT"
         )
     return card.calibration
+
+
+def open_writer(
+    spec: str | Path | None, *, prompt: str, options: ModelOptions = ModelOptions()
+) -> tuple[Generator, Template]:
+    """Load a model that is to write search queries; its template's `chat_options` belong to it.
+
+    Args:
+        spec: as for `open_model`.
+        prompt: version of the prompt for search queries; a checkpoint of whyrank must have been taught it.
+        options: how to load it.
+
+    Raises:
+        TemplateMismatch: a checkpoint of whyrank was not taught to write search queries; and see `open_model`.
+    """
+    card = _card_of(spec)
+    if card is None:
+        return open_model(spec, options=options)
+    card.check_search_queries(prompt)
+    return open_model(spec, mode=card.modes[0], options=options)
+
+
+def _place_of(spec: str | Path | None) -> str:
+    """Folder or hub id of a model that has weights."""
+    return str(EMBEDDED_MODEL if spec is None else spec).removeprefix("vllm:")
+
+
+def _card_of(spec: str | Path | None) -> Card | None:
+    """The card of the checkpoint that `open_model` would load; `None` if it has none, or is not a checkpoint.
+
+    Raises:
+        InputError: there is no such folder.
+        MissingExtra: the backend is not installed.
+    """
+    backend, _ = options_of(spec)
+    if backend not in ("hf", "vllm"):
+        return None
+    place = _place_of(spec)
+    if _is_path(place) and not Path(place).expanduser().is_dir():
+        raise InputError(f"expected a folder with a checkpoint at {place}, found nothing")
+    require("transformers", backend)
+    return _find_card(Path(place).expanduser() if _is_path(place) else place, is_template_given=False)
 
 
 def _is_path(spec: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from whyrank.errors import GenerationError
 from whyrank.generators import ApproximateTokens, Completion, Request, TextTokens
 from whyrank.generators.scripted import approximate_counts
 
@@ -46,6 +47,8 @@ class Overlap:
             yield index, self._complete(request)
 
     def _complete(self, request: Request) -> Completion:
+        if not request.labels:
+            return Completion.failed(GenerationError("overlap compares words to choose a label; it writes nothing"))
         asked = content_words(request.text_of("query"))
         offered = frozenset(content_words(request.text_of("document")))
         shared = [word for word in asked if word in offered]

@@ -133,6 +133,8 @@ class Scripted:
             return Completion(
                 scripted.answer, "stop", num_prompt_tokens=num_prompt, num_completion_tokens=num_completion
             )
+        if not request.labels:
+            raise GenerationError(f"{self.name}: expected an `answer` to a request without labels, found a label")
         text = "" if request.is_direct else text_before_stop(scripted.explanation, request.stops)
         spans = TOKENS.offsets(text)
         is_long = len(spans) > request.sampling.max_tokens

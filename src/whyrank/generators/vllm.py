@@ -242,7 +242,7 @@ class _Job:
         except TemplateMismatch as cause:
             raise TemplateMismatch(f"{name}: {cause}") from cause
         pair = _Pair(index, request, self._tokens.prompt_ids(request), endings)
-        room = len(endings.prompt) + max(len(label) for label in endings.labels)
+        room = len(endings.prompt) + max((len(label) for label in endings.labels), default=0)
         num_explanation = 0 if request.is_direct else request.sampling.max_tokens
         num_needed = len(pair.prompt) + num_explanation + room
         holds = self._generator.max_tokens
@@ -315,7 +315,7 @@ class _Job:
             if not pair.calls:
                 # The root goes first, alone: afterwards all that the others share is in the prefix cache.
                 left = [n for n in _inner_nodes(pair.endings.labels) if n not in pair.after]
-                for following in left if pair.after else [()]:
+                for following in left if pair.after else left[:1]:
                     self._ask_node(pair, following)
         except _EngineStopped:
             raise

@@ -14,6 +14,7 @@ from typing import Self, TypeVar
 from whyrank.datasets import read_corpus, read_qrels, read_queries
 from whyrank.errors import InputError
 from whyrank.records import Document, Judgment, Query
+from whyrank.stages.expand import written_by
 from whyrank.stages.following import followed
 from whyrank.stages.rerank import read_candidates
 from whyrank.store import Manifest, read_jsonl
@@ -85,6 +86,7 @@ def distill_files(
     *,
     dev: DevFiles | None = None,
     shares: Sequence[float] | None = None,
+    search_queries: Sequence[Path] = (),
     limit: int | None = None,
     has_board: bool = False,
 ) -> Distilled:
@@ -96,6 +98,7 @@ def distill_files(
         dev: ranked while training; the best student is kept.
         shares: proportion in which the judgments files are drawn, one number for each; by default every judgment is
             drawn equally often.
+        search_queries: files of whyrank expand, to teach writing such, too.
         limit: only the first so many judgments.
         has_board: write the curves for TensorBoard, too, in `out/tensorboard`.
 
@@ -126,18 +129,31 @@ def distill_files(
             if document.doc_id in wanted:
                 _add(documents, document.doc_id, document, path)
     dev_set = dev.read() if dev else None
+    to_search = list(written_by(search_queries))
 
     def note(step: Step) -> str:
         ranked = "" if step.dev_ndcg is None else f", dev nDCG@10 {step.dev_ndcg:.3f}"
         return f"loss {step.loss:.3f}{ranked}"
 
     with followed(f"distilling into {out}", config.num_steps, out, manifest, note, has_board=has_board) as on_step:
-        result = distill(known, asked, documents, template, out, config, weights=weights, dev=dev_set, on_step=on_step)
+        result = distill(
+            known,
+            asked,
+            documents,
+            template,
+            out,
+            config,
+            weights=weights,
+            search_queries=to_search,
+            dev=dev_set,
+            on_step=on_step,
+        )
     counts = {
         "num_judgments": len(known),
         "num_examples": result.num_examples,
         "num_left_out": result.num_left_out,
         "num_too_long": result.num_too_long,
+        "num_search_examples": result.num_search_examples,
         "best_step": result.best_step,
     }
     manifest.finished(start, counts=counts, num_parameters=result.num_parameters).write(out)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from whyrank.checkpoint import CARD_NAME, Card, read_card
+from whyrank.checkpoint import CARD_NAME, Card, read_card, write_card
 from whyrank.datasets import read_corpus, read_qrels, read_queries, read_run
 from whyrank.errors import InputError
 from whyrank.generators.hf.chat import ChatTokens
@@ -95,6 +95,8 @@ def refine_files(
 
     with followed(f"refining into {out}", config.num_steps, out, manifest, note, has_board=has_board) as on_step:
         result = refine(model, data, card.template, out, config, modes=card.modes, on_step=on_step)
+    if card.search_queries:  # what it was taught before, it may go on being asked for
+        write_card(out, replace(read_card(out / CARD_NAME), search_queries=card.search_queries))
     counts = {"num_pairs": result.num_pairs, "num_steps": len(result.history)}
     figures = {"first_dev": result.first_dev, "best_dev": result.best_dev, "best_step": result.best_step}
     manifest.finished(start, counts=counts, **figures, alarm=result.alarm).write(out)

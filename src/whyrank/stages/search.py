@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from whyrank.datasets import read_corpus, read_excluded, read_queries, write_run
-from whyrank.records import Query
+from whyrank.errors import InputError
+from whyrank.records import Query, ScoredDocument
 from whyrank.search import Bm25Config, Bm25Index
+from whyrank.stages.expand import Expansion, fused, searched_for
 from whyrank.store import BadLines, Manifest
 
 __all__ = ["Searched", "search_files"]
@@ -36,6 +39,8 @@ def search_files(
     top_k: int = 100,
     config: Bm25Config = Bm25Config(),
     excluded: Path | None = None,
+    expand: Callable[[Sequence[Query]], Mapping[str, Sequence[str]]] | None = None,
+    expansion: Expansion = "append",
     limit: int | None = None,
     skip_bad: bool = False,
 ) -> Searched:
@@ -48,6 +53,8 @@ def search_files(
         top_k: documents per query.
         config: how BM25 counts.
         excluded: documents that must not be returned, per query, beside those that the queries name themselves.
+        expand: gives search queries by query id, which are searched for beside the queries' own texts.
+        expansion: whether they make one text, or are searched for apart and fused.
         limit: only this many queries.
         skip_bad: count malformed lines and pass over them.
 
@@ -56,6 +63,8 @@ def search_files(
     """
     start = time.perf_counter()
     manifest = Manifest("search", {"top_k": top_k, "limit": limit, "skip_bad": skip_bad, **asdict(config)})
+    if expand:
+        manifest = replace(manifest, config={**manifest.config, "expansion": expansion})
     manifest = manifest.with_inputs(corpus, queries, excluded)
     bad = BadLines() if skip_bad else None
     more = read_excluded(excluded, bad=bad) if excluded else {}
@@ -64,7 +73,13 @@ def search_files(
         for query in islice(read_queries(queries, bad=bad), limit)
     ]
     index = Bm25Index.build(read_corpus(corpus, bad=bad), config)
-    run = index.search(asked, top_k)
+    more_queries = expand(asked) if expand else {}
+    run: dict[str, list[ScoredDocument]] = {}
+    for query in asked:
+        if query.query_id in run:
+            raise InputError(f"{queries}: expected every query id once, found {query.query_id!r} twice")
+        run[query.query_id] = _search(index, query, more_queries.get(query.query_id, ()), expansion, top_k)
+    num_empty = sum(not lines for lines in run.values())
     write_run(out, run, tag="whyrank-bm25")
     num_lines = sum(map(len, run.values()))
     num_bad_lines = bad.count if bad else 0
@@ -72,8 +87,9 @@ def search_files(
     counts = {
         "documents": len(index.doc_ids),
         "queries": len(asked),
-        "empty_queries": index.num_empty_queries,
+        "empty_queries": num_empty,
         "excluded": sum(len(known.intersection(query.excluded_doc_ids)) for query in asked),
+        **({"expanded": sum(1 for query in asked if more_queries.get(query.query_id))} if expand else {}),
         "lines": num_lines,
         "bad_lines": num_bad_lines,
     }
@@ -83,8 +99,15 @@ def search_files(
         run=out,
         num_documents=len(index.doc_ids),
         num_queries=len(asked),
-        num_empty_queries=index.num_empty_queries,
+        num_empty_queries=num_empty,
         num_lines=num_lines,
         num_bad_lines=num_bad_lines,
         seconds=manifest.seconds,
     )
+
+
+def _search(
+    index: Bm25Index, query: Query, more: Sequence[str], expansion: Expansion, top_k: int
+) -> list[ScoredDocument]:
+    runs = [index.search([text], top_k)[query.query_id] for text in searched_for(query, more, expansion)]
+    return runs[0] if len(runs) == 1 else fused(query.query_id, runs, top_k)

@@ -89,6 +89,8 @@ class DistillConfig:
     """What a token of the label counts in the loss; a token of the explanation counts 1."""
     is_balanced: bool = False
     """Draw the labels equally often, however rare they are among the judgments."""
+    search_query_share: float = 0.2
+    """Share of the examples drawn that are about writing search queries, where such are given."""
     num_steps: int = 600
     """Optimizer steps."""
     batch_size: int = 64
@@ -143,6 +145,8 @@ class DistillConfig:
                 raise InputError(f"expected {name} of at least 0, found {getattr(self, name)}")
         if not 0 < self.decay_fraction <= 1:
             raise InputError(f"expected decay_fraction above 0 and at most 1, found {self.decay_fraction}")
+        if not 0 < self.search_query_share < 1:
+            raise InputError(f"expected search_query_share above 0 and below 1, found {self.search_query_share}")
         if not 0 <= self.word_dropout < 1:
             raise InputError(f"expected word_dropout of at least 0 and below 1, found {self.word_dropout}")
         if self.is_label_first and "direct" not in self.modes:

@@ -1,9 +1,8 @@
 """Supervised fine-tuning on explanation and label (the paper's first stage).
 
-Deviations from arXiv 2504.03947: no query-generation task, any teacher, and the student that ranks the dev queries best
-is kept, not the last one. The loss is the weighted mean negative log-likelihood per answer token of a batch; the prompt
-carries none. All that is drawn comes from the seed and the number of the step, so that a resumed run ends as one that
-was never stopped.
+Deviations from arXiv 2504.03947: any teacher; the student that ranks the dev queries best is kept, not the last one.
+The loss is the weighted mean negative log-likelihood per answer token of a batch; the prompt carries none. All that is
+drawn comes from the seed and the number of the step, so that a resumed run ends as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from whyrank.errors import InputError, OtherJob, require
 from whyrank.generators.hf.attention import check_replaceable
 from whyrank.generators.hf.chat import ChatTokens
 from whyrank.generators.hf.load import load_model, load_tokenizer, resolve_device
-from whyrank.records import Document, Judgment, Query
+from whyrank.records import Document, Judgment, Query, SearchQueries
+from whyrank.search_queries import INSTRUCTION, PROMPT_VERSION, answer
 from whyrank.store import JsonlAppender, content_key, read_jsonl, write_jsonl
 from whyrank.template import Template
 from whyrank.training.checkpoints import (
@@ -39,10 +39,10 @@ from whyrank.training.checkpoints import (
 )
 from whyrank.training.config import DistillConfig
 from whyrank.training.curves import draw_curves
-from whyrank.training.examples import Example, examples_of, is_teachable, to_strand
+from whyrank.training.examples import Example, examples_of, is_teachable, search_query_examples, to_strand
 from whyrank.training.lora import add_adapter, trainable_parameters
 from whyrank.training.optimizers import optimizers_of
-from whyrank.training.sampling import batches, frequencies
+from whyrank.training.sampling import batches, frequencies, with_share
 from whyrank.training.steps import Update, is_bfloat16, learning_rate_at, precision_of, update
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
 from whyrank.training.validation import DevSet, DevValue, rank_dev
@@ -74,7 +74,8 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Distilled:
     """What training produced. The checkpoint holds the weights after `best_step`: the step that ranked the dev queries
-    best, or the last one without dev queries. `num_too_long` examples were left out for their length."""
+    best, or the last one without dev queries. `num_too_long` examples were left out for their length;
+    `num_search_examples` are about writing search queries, `num_examples` are the others."""
 
     checkpoint: Path
     num_examples: int
@@ -83,6 +84,7 @@ class Distilled:
     history: tuple[Step, ...]
     num_too_long: int = 0
     num_trained_parameters: int = 0
+    num_search_examples: int = 0
     best_step: int = 0
 
 
@@ -114,6 +116,7 @@ def distill(
     config: DistillConfig = DistillConfig(),
     *,
     weights: Sequence[float] | None = None,
+    search_queries: Sequence[SearchQueries] = (),
     dev: DevSet | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Distilled:
@@ -129,6 +132,8 @@ def distill(
         out: folder of the checkpoint; `out/state` holds what resuming needs until training is over.
         config: how to train.
         weights: how often each judgment is drawn, in any unit; all alike by default.
+        search_queries: taught beside the judgments, so that the student can write such, too; those that are not `ok`
+            are left out.
         dev: ranked every `config.eval_every` steps and after the last; the best student is kept.
         on_step: called after every optimizer step.
 
@@ -141,16 +146,18 @@ def distill(
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
-    tokenizer, model = _student(judgments, queries, documents, template, config, device)
+    written = [text for item in search_queries for text in (INSTRUCTION + answer(item.queries),)]
+    tokenizer, model = _student(judgments, queries, documents, template, config, device, written)
     tokens = ChatTokens(tokenizer)
     examples, drawn = _examples(judgments, queries, documents, template, tokens, config, weights)
     num_all = len(examples)
     kept = [i for i, e in enumerate(examples) if not config.max_tokens or len(e.ids) <= config.max_tokens]
     examples, drawn = [examples[i] for i in kept], [drawn[i] for i in kept]
-    _check(examples, model)
+    to_search = list(search_query_examples(search_queries, queries, template, tokens))
+    _check([*examples, *to_search], model)
     # What is trained on, not where it came from: a judgment's key stays when its label is made anew.
     often = () if weights is None else map(repr, drawn)
-    data = [*(content_key(repr(example)) for example in examples), *often, *([dev.key] if dev else [])]
+    data = [*(content_key(repr(example)) for example in (*examples, *to_search)), *often, *([dev.key] if dev else [])]
     identity = content_key(template.version, repr(config), *data)
     trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
     done = Distilled(
@@ -161,15 +168,18 @@ def distill(
         history=(),
         num_too_long=num_all - len(examples),
         num_trained_parameters=trained,
+        num_search_examples=len(to_search),
     )
     history = _finished_before(out, identity)
     if history is None:
         drawn = frequencies([example.label for example in examples], drawn, is_balanced=config.is_balanced)
+        drawn = with_share(drawn, len(to_search), config.search_query_share)
         run = _Run(model, tokens, template, config, dev, _pad_id(tokenizer))
-        history = _train(run, examples, drawn, out, identity, on_step)
+        history = _train(run, [*examples, *to_search], drawn, out, identity, on_step)
         provenance = {"config": json.loads(json.dumps(asdict(config))), "num_examples": len(examples)}
         provenance |= {"identity": identity, "best_step": _best(history)}
         card = Card(template, config.modes, tokens.label_tokens(template), training=provenance)
+        card = replace(card, search_queries=PROMPT_VERSION if to_search else "")
         draw_curves(out / CURVES_NAME, _curves(history))
         save_checkpoint(out, model, tokenizer, card, config.adapter)
     return replace(done, history=history, best_step=_best(history))
@@ -317,14 +327,16 @@ def student_tokenizer(
     documents: Mapping[str, Document],
     template: Template,
     vocab_size: int,
+    more: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a student from scratch, learned from everything that it will read and write."""
+    """The tokenizer of a student from scratch, learned from everything that it will read and write; `more` is what that
+    is beside judgments."""
     texts = [text for label in template.scale.labels for text in (template.answer(label, ""),) * len(judgments)]
     texts += [query.text for query in queries.values()]
     texts += [document.full_text for document in documents.values()]
     texts += [f" {judgment.explanation}" for judgment in judgments]
     texts += [template.prompt.task, template.prompt.query_heading, template.prompt.document_heading]
-    return tiny_tokenizer(texts, vocab_size)
+    return tiny_tokenizer([*texts, *more], vocab_size)
 
 
 def _student(
@@ -334,6 +346,7 @@ def _student(
     template: Template,
     config: DistillConfig,
     device: torch.device,
+    more: Sequence[str],
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     if config.model != "tiny":
         adapter = config.adapter
@@ -344,7 +357,7 @@ def _student(
         if adapter.rank:
             add_adapter(loaded, adapter, config.seed)
         return load_tokenizer(config.model), loaded
-    tokenizer = student_tokenizer(judgments, queries, documents, template, config.tiny.vocab_size)
+    tokenizer = student_tokenizer(judgments, queries, documents, template, config.tiny.vocab_size, more)
     # Positions cost nothing: whatever the template's limits admit must fit.
     limits = template.limits
     longest = limits.max_query_tokens + limits.max_document_tokens + limits.max_explanation_tokens

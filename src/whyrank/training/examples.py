@@ -8,11 +8,12 @@ from random import Random
 
 from whyrank.errors import InputError
 from whyrank.generators.hf.chat import ChatTokens
-from whyrank.records import Document, Judgment, Mode, Query
+from whyrank.records import Document, Judgment, Mode, Query, SearchQueries
+from whyrank.search_queries import answer, render
 from whyrank.template import Template
 from whyrank.training.packing import Strand
 
-__all__ = ["Example", "examples_of", "is_teachable", "to_strand"]
+__all__ = ["Example", "examples_of", "is_teachable", "search_query_examples", "to_strand"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +69,30 @@ def examples_of(
             request = template.render(asked, read, tokens, mode=mode).request
             prompt, num_shared = tokens.prompt_parts(request)
             written = _written(template, judgment.label, judgment.explanation, mode, is_label_first)
-            answer = [*_ids(written, tokens), *sorted(tokens.eos_ids)[:1]]
+            taught = [*_ids(written, tokens), *sorted(tokens.eos_ids)[:1]]
             num_label = len(tokens.endings(request).labels[template.scale.labels.index(judgment.label)])
             # The label ends the first piece of a direct answer, and the last one of an explained answer.
             end = len(prompt) + len(_ids(written[:1] if mode == "direct" else written, tokens))
-            yield Example((*prompt, *answer), len(prompt), num_shared, (end - num_label, end), judgment.label)
+            yield Example((*prompt, *taught), len(prompt), num_shared, (end - num_label, end), judgment.label)
+
+
+def search_query_examples(
+    written: Iterable[SearchQueries], queries: Mapping[str, Query], template: Template, tokens: ChatTokens
+) -> Iterator[Example]:
+    """One example per query with search queries that were read as intended; the others are left out.
+
+    Raises:
+        InputError: a query is not given.
+    """
+    for item in written:
+        if item.status != "ok":
+            continue
+        if item.query_id not in queries:
+            raise InputError(f"search queries for {item.query_id!r}: this query is not in the given files")
+        request, _ = render(queries[item.query_id].text, tokens, template.chat_options)
+        prompt = tokens.prompt_ids(request)
+        ids = [*tokens.encode_text(answer(item.queries)), *sorted(tokens.eos_ids)[:1]]
+        yield Example((*prompt, *ids), len(prompt))
 
 
 def to_strand(example: Example, label_weight: float = 1.0) -> Strand:

@@ -11,7 +11,7 @@ from whyrank.errors import InputError
 from whyrank.training.config import DistillConfig
 from whyrank.training.examples import Example
 
-__all__ = ["batches", "frequencies", "shares_of_sources"]
+__all__ = ["batches", "frequencies", "shares_of_sources", "with_share"]
 
 BATCHES_IN_WINDOW = 16
 
@@ -48,6 +48,16 @@ def frequencies(labels: Sequence[str], weights: Sequence[float], *, is_balanced:
         weights = [weight / totals[label] for label, weight in zip(labels, weights, strict=True)]
     mean = math.fsum(weights) / len(weights)
     return [weight / mean for weight in weights]
+
+
+def with_share(drawn: Sequence[float], num_more: int, share: float) -> list[float]:
+    """How often each example is drawn when `num_more` others, all alike, are to be that share of all that are drawn;
+    1 on average. Those that were there keep their proportions."""
+    if not num_more:
+        return list(drawn)
+    each = share / (1 - share) * math.fsum(drawn) / num_more
+    mean = (math.fsum(drawn) + each * num_more) / (len(drawn) + num_more)
+    return [weight / mean for weight in (*drawn, *[each] * num_more)]
 
 
 def batches(

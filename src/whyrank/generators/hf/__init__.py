@@ -116,7 +116,7 @@ class HfGenerator:
         except TemplateMismatch as cause:
             raise TemplateMismatch(f"{self.name}: {cause}") from cause
         prompt, num_shared = self.tokens.prompt_parts(request)
-        room = len(endings.prompt) + max(len(label) for label in endings.labels)
+        room = len(endings.prompt) + max((len(label) for label in endings.labels), default=0)
         num_needed = len(prompt) + room + (0 if request.is_direct else request.sampling.max_tokens)
         if self.max_tokens is not None and num_needed > self.max_tokens:
             problem = GenerationError(

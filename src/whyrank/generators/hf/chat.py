@@ -161,6 +161,8 @@ class ChatTokens:
         Raises:
             TemplateMismatch: two labels have the same tokens, or one continues another.
         """
+        if not request.labels:
+            return Endings((), ())
         whole = [self.encode_structure(request.label_prompt + label) for label in request.labels]
         num_common = len(_common_prefix(whole))
         labels = tuple(ids[num_common:] for ids in whole)

@@ -71,8 +71,14 @@ class Answer:
         """Paths through the label trie that have not been read yet; known once the trie's root has been."""
         return [path for path in prefixes_to_visit(self.endings.labels) if path not in self.after]
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is written and, where a label is to be chosen, every node of the label trie has been read."""
+        is_read = () in self.after and not self.visits
+        return self.finish is not None and (is_read or not self.endings.labels)
+
     def completion(self, tokens: ChatTokens) -> Completion:
-        """What comes back, once every node of the label trie has been read."""
+        """What comes back, once it is ready."""
         kept = (*self.written[: self.explanation.num_kept], *self.explanation.tail)
         return Completion(
             text=tokens.decode(kept),
@@ -144,7 +150,7 @@ class Engine:
             if not active:
                 return
             self._pass([*fills, *(task for answer in active for task in self._tasks(answer))])
-            for answer in [found for found in active if () in found.after and not found.visits]:
+            for answer in [found for found in active if found.is_ready]:
                 active.remove(answer)
                 self._leave(answer)
                 yield answer.index, answer.completion(self._tokens)
