@@ -210,6 +210,8 @@ GENERATORS: Mapping[str, Callable[[str, str], str]] = {
     "refining": tables.refining,
     "speed": tables.speed,
     "training": tables.training,
+    "expansion": tables.expansion,
+    "larger": tables.larger,
 }
 MARKED = re.compile(
     rf"(?P<begin><!-- (?P<kind>{'|'.join(GENERATORS)})(?:: (?P<what>[^\n]+?))? -->\n)"

@@ -219,6 +219,39 @@ def speed(what: str, body: str) -> str:
     return table(head, rows) + _provenance(recorded, f"{recorded['cpu']}, threads: {recorded['num_threads']}")
 
 
+def expansion(what: str, body: str) -> str:
+    """BM25 with and without search queries in place of the question."""
+    recorded = _recorded("expansion.json")
+    rows = [
+        (
+            {"none": "none", "student": "the student's", "gold": "gold"}[row["search_queries"]],
+            "" if row["search_queries"] == "none" else row["expansion"],
+            *(_with_interval(row[measure], row[f"{measure}_interval"]) for measure in ("R@100", "nDCG@10")),
+        )
+        for row in recorded["rows"]
+    ]
+    head = ("search queries", "expansion", "R@100 [95 % interval]", "nDCG@10 [95 % interval]")
+    sizes = f"{recorded['num_queries']} queries, {recorded['num_documents']:,} documents"
+    return table(head, rows) + _provenance(recorded, sizes)
+
+
+def larger(what: str, body: str) -> str:
+    """A larger language model as teacher, and students a twentieth of its size."""
+    recorded = _recorded("larger-teacher.json")
+    rows = [
+        (
+            row["system"],
+            f"{row['num_parameters']:,.0f}",
+            _with_interval(row[MEASURE], row["interval"]),
+            *(f"{row['label_accuracy']:.3f}", f"{row['tokens_per_document']:.1f}", f"{row['documents_per_second']:.0f}"),
+            f"{row['seconds']:.0f}",
+        )
+        for row in recorded["rows"]
+    ]
+    head = ("system", "parameters", f"{MEASURE} [95 % interval]", "label accuracy")
+    return table((*head, "tokens per document", "documents/s", "seconds of training"), rows) + _provenance(recorded)
+
+
 def _recorded(name: str) -> dict[str, Any]:
     recorded: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     return recorded

@@ -203,6 +203,7 @@ def test_distill_then_rerank_with_the_student() -> None:
         "num_examples": 6,
         "num_left_out": 0,
         "num_too_long": 0,
+        "num_search_examples": 0,
         "best_step": 2,
     }
     assert manifest["figures"] == {"num_parameters": found["num_parameters"]}
