@@ -243,8 +243,8 @@ def larger(what: str, body: str) -> str:
             row["system"],
             f"{row['num_parameters']:,.0f}",
             _with_interval(row[MEASURE], row["interval"]),
-            *(f"{row['label_accuracy']:.3f}", f"{row['tokens_per_document']:.1f}", f"{row['documents_per_second']:.0f}"),
-            f"{row['seconds']:.0f}",
+            f"{row['label_accuracy']:.3f}",
+            *(f"{row['tokens_per_document']:.1f}", f"{row['documents_per_second']:.0f}", f"{row['seconds']:.0f}"),
         )
         for row in recorded["rows"]
     ]
