@@ -62,7 +62,7 @@ STUDENT = replace(
     tiny=TinyConfig(vocab_size=1024, hidden_size=64, num_layers=4, num_heads=4, intermediate_size=192),
 )
 ALONE = replace(STUDENT, num_steps=1500)
-SYSTEMS = ("teacher", "alone", "distilled", "ppo")
+SYSTEMS = ("teacher", "distilled", "ppo", "alone")
 
 
 class TaughtWorld(World):

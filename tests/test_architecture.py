@@ -33,6 +33,7 @@ LAYERS = (
     ("stages",),
     ("demo",),
     ("cli",),
+    ("__main__",),
 )
 # Neighbours on one line that may look at each other, because together they are one backend.
 PAIRS = {("generators.endpoint", "generators.chat_wire"), ("generators.overlap", "generators.scripted")}

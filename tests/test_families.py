@@ -86,4 +86,6 @@ def test_a_family_goes_the_whole_road(family: Family, kind: str, tmp_path: Path)
     assert all(step.replay_loss > 0 for step in refined.history)
     if kind != "qlora":
         assert 1e-4 < difference(whole, refined.checkpoint) < 1.0
+    # An adapter alone stands on the student, which may be an adapter itself.
+    assert (read_adapter(refined.checkpoint) is not None) == (kind in ("lora", "qlora"))
     assert len(ranked(refined.checkpoint)) == 2

@@ -27,6 +27,7 @@ from whyrank import Reranker
 from whyrank.checkpoint import read_card
 from whyrank.cli import app
 from whyrank.errors import InputError
+from whyrank.generators.hf.load import load_model
 from whyrank.generators.opening import ModelOptions
 from whyrank.records import Pair, Qrel, ScoredDocument
 from whyrank.store import read_jsonl, write_jsonl
@@ -189,7 +190,8 @@ def test_replay_keeps_what_was_distilled(student: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_its_own_reference(student: Path, tmp_path: Path) -> None:
-    """Without distance at first, with distance later; a stopped run ends as if it had not been; weights come whole."""
+    """Without distance at first, with distance later; a stopped run ends as if it had not been; it is written alone, or
+    whole with its base."""
     options: dict[str, Any] = {"num_steps": 4, "save_every": 2, **FAST, "adapter": AdapterConfig(rank=4)}
     options |= {"data": replace(DATA, dev=dev_set({"fern": "yeast", "bread": "air"})), "temperature": 1.5}
     whole = run(student, tmp_path / "whole", **options)
@@ -205,9 +207,17 @@ def test_an_adapter_is_its_own_reference(student: Path, tmp_path: Path) -> None:
         run(student, tmp_path / "out", stop, **options)
     resumed = run(student, tmp_path / "out", **options)
     assert [plain(step) for step in resumed.history] == [plain(step) for step in whole.history]
-    assert largest_difference(resumed.checkpoint, whole.checkpoint) == 0.0
-    assert weights(whole.checkpoint).keys() == weights(student).keys()
-    assert not (whole.checkpoint / "adapter_config.json").exists()
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (resumed.checkpoint, whole.checkpoint)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+    assert not (whole.checkpoint / "model.safetensors").exists()
+    merged = run(student, tmp_path / "merged", **{**options, "adapter": AdapterConfig(rank=4, is_merged=True)})
+    assert weights(merged.checkpoint).keys() == weights(student).keys()
+    assert not (merged.checkpoint / "adapter_config.json").exists()
+    cpu = torch.device("cpu")
+    reloaded = load_model(whole.checkpoint, cpu, torch.float32).state_dict()
+    for name, value in load_model(merged.checkpoint, cpu, torch.float32).state_dict().items():
+        torch.testing.assert_close(reloaded[name], value, atol=1e-6, rtol=0)
 
 
 # ---- the best checkpoint, alarms ----------------------------------------------------------------------------------

@@ -134,6 +134,7 @@ def distill(
     require("torch", "train")
     require("transformers", "train")
     from whyrank.stages.distill import DevFiles, distill_files
+    from whyrank.training.ranks import launched
 
     config = distill_config(context.params)
     with as_usage_error():
@@ -149,11 +150,13 @@ def distill(
     manifest = Manifest("distill", {}, seed=seed).with_inputs(
         *judgments, *queries, *corpus, *more, *(dev.paths if dev else ())
     )
-    with resumable(out / "state"):
+    with resumable(out / "state"), launched() as ranks:
         given = (judgments, queries, corpus, taught, out, config, manifest)
         done = distill_files(
             *given, dev=dev, shares=source_weight, search_queries=more, limit=limit, has_board=tensorboard
         )
+    if not ranks.is_main:
+        return
     if json:
         print_json({**asdict(done), "checkpoint": str(out), "history": [asdict(step) for step in done.history]})
     else:

@@ -131,6 +131,7 @@ def refine(
     require("torch", "train")
     require("transformers", "train")
     from whyrank.stages.refine import RefineFiles, refine_files
+    from whyrank.training.ranks import launched
 
     settled = refine_config(context)
     with as_usage_error():
@@ -149,8 +150,10 @@ def refine(
         require_files(option, paths, "give those that the pairs were made from")
     require_files("another file", files.all, "check its name")
     manifest = Manifest("refine", {}, seed=settled.seed).with_inputs(*files.all, config)
-    with resumable(out / "state"):
+    with resumable(out / "state"), launched() as ranks:
         done = refine_files(model, files, asked, out, settled, manifest, has_board=tensorboard)
+    if not ranks.is_main:
+        return
     if json:
         print_json({**asdict(done), "checkpoint": str(out), "history": [asdict(step) for step in done.history]})
     else:

@@ -22,6 +22,7 @@ from whyrank.template import Template
 from whyrank.training.config import DistillConfig
 from whyrank.training.distill import Distilled, Step, distill
 from whyrank.training.examples import is_teachable
+from whyrank.training.ranks import ranks
 from whyrank.training.sampling import shares_of_sources
 from whyrank.training.validation import DevSet
 
@@ -156,7 +157,8 @@ def distill_files(
         "num_search_examples": result.num_search_examples,
         "best_step": result.best_step,
     }
-    manifest.finished(start, counts=counts, num_parameters=result.num_parameters).write(out)
+    if ranks().is_main:
+        manifest.finished(start, counts=counts, num_parameters=result.num_parameters).write(out)
     return result
 
 

@@ -12,6 +12,7 @@ from whyrank.store import Manifest
 from whyrank.training.alarms import RefineStep
 from whyrank.training.board import Board
 from whyrank.training.distill import Step
+from whyrank.training.ranks import ranks
 
 __all__ = ["followed"]
 
@@ -22,14 +23,17 @@ BOARD_NAME = "tensorboard"
 @contextmanager
 def followed(
     what: str, num_steps: int, out: Path, manifest: Manifest, note: Callable[[S], str], *, has_board: bool
-) -> Iterator[Callable[[S], None]]:
-    """Give what is to be called after every step.
+) -> Iterator[Callable[[S], None] | None]:
+    """Give what is to be called after every step; nothing in all but the first of several processes.
 
     The manifest is written at the first one, not earlier: a folder that is refused keeps that of its own checkpoint.
 
     Raises:
         MissingExtra: TensorBoard is asked for and not installed.
     """
+    if not ranks().is_main:
+        yield None
+        return
     board = Board(out / BOARD_NAME) if has_board else None
     has_begun = False
     with Progress(what, num_steps) as progress:

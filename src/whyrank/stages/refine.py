@@ -20,6 +20,7 @@ from whyrank.template import Template
 from whyrank.training.alarms import RefineStep
 from whyrank.training.evidence import gather_evidence
 from whyrank.training.examples import Example, examples_of
+from whyrank.training.ranks import ranks
 from whyrank.training.refine import Refined, RefineData, refine
 from whyrank.training.refine_config import RefineConfig
 from whyrank.training.validation import DevSet
@@ -95,6 +96,8 @@ def refine_files(
 
     with followed(f"refining into {out}", config.num_steps, out, manifest, note, has_board=has_board) as on_step:
         result = refine(model, data, card.template, out, config, modes=card.modes, on_step=on_step)
+    if not ranks().is_main:
+        return result
     if card.search_queries:  # what it was taught before, it may go on being asked for
         write_card(out, replace(read_card(out / CARD_NAME), search_queries=card.search_queries))
     counts = {"num_pairs": result.num_pairs, "num_steps": len(result.history)}

@@ -31,6 +31,7 @@ from whyrank.training.config import AdapterConfig
 from whyrank.training.lora import save_adapter, trainable_parameters
 
 __all__ = [
+    "BEST_NAME",
     "Snapshot",
     "TrainingState",
     "atomic_folder",

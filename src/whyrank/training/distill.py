@@ -11,7 +11,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -42,6 +44,7 @@ from whyrank.training.curves import draw_curves
 from whyrank.training.examples import Example, examples_of, is_teachable, search_query_examples, to_strand
 from whyrank.training.lora import add_adapter, trainable_parameters
 from whyrank.training.optimizers import optimizers_of
+from whyrank.training.ranks import ranks
 from whyrank.training.sampling import batches, frequencies, with_share
 from whyrank.training.steps import Update, is_bfloat16, learning_rate_at, precision_of, update
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
@@ -103,8 +106,11 @@ class _Run:
         """How the model ranks now, if it is time to look."""
         if self.dev is None or (step % self.config.eval_every and step < self.config.num_steps):
             return None
+        return ranks().from_main(partial(self._ranked, self.dev))
+
+    def _ranked(self, dev: DevSet) -> DevValue:
         with precision_of(self.config, self.model.device):
-            return rank_dev(self.model, self.tokens, self.template, self.config.modes[0], self.dev)
+            return rank_dev(self.model, self.tokens, self.template, self.config.modes[0], dev)
 
 
 def distill(
@@ -171,6 +177,7 @@ def distill(
         num_search_examples=len(to_search),
     )
     history = _finished_before(out, identity)
+    ranks().wait()  # before the first process changes what the others look for
     if history is None:
         drawn = frequencies([example.label for example in examples], drawn, is_balanced=config.is_balanced)
         drawn = with_share(drawn, len(to_search), config.search_query_share)
@@ -180,8 +187,10 @@ def distill(
         provenance |= {"identity": identity, "best_step": _best(history)}
         card = Card(template, config.modes, tokens.label_tokens(template), training=provenance)
         card = replace(card, search_queries=PROMPT_VERSION if to_search else "")
-        draw_curves(out / CURVES_NAME, _curves(history))
-        save_checkpoint(out, model, tokenizer, card, config.adapter)
+        if ranks().is_main:
+            draw_curves(out / CURVES_NAME, _curves(history))
+            save_checkpoint(out, model, tokenizer, card, config.adapter)
+        ranks().wait()
     return replace(done, history=history, best_step=_best(history))
 
 
@@ -194,17 +203,17 @@ def _train(
     on_step: Callable[[Step], None] | None,
 ) -> tuple[Step, ...]:
     """The loop; afterwards the model has the best weights."""
-    model, config = run.model, run.config
+    model, config, is_main = run.model, run.config, ranks().is_main
     optimizers = optimizers_of(model, config)
     known = load_state(out / "state", model, optimizers, identity)
     history = [Step(**step) for step in known[0].history] if known else []
     best: Snapshot | None = known[1] if known else None
     _prepare(run)
-    write_jsonl(out / METRICS_NAME, history)
+    if is_main:
+        write_jsonl(out / METRICS_NAME, history)
     clock = time.perf_counter() - (history[-1].seconds if history else 0.0)
     order = batches(examples, drawn, config, num_done=len(history))
-    appender = JsonlAppender(out / METRICS_NAME, Step)
-    try:
+    with JsonlAppender(out / METRICS_NAME, Step) if is_main else nullcontext() as metrics:
         for number in range(len(history), config.num_steps):
             if _is_enough(history, config):
                 break
@@ -213,16 +222,15 @@ def _train(
             strands = [to_strand(example, config.label_weight) for example in next(order)]
             found = update(model, optimizers, strands, rate, config, pad_id=run.pad_id)
             history.append(_step(number + 1, found, rate, run.dev_value(number + 1), clock))
-            appender.append(history[-1])
+            if metrics is not None:
+                metrics.append(history[-1])
             if run.dev is not None and _best(history) == number + 1:
                 best = snapshot_of(model)
             if on_step:
                 on_step(history[-1])
-            if (number + 1) % config.save_every == 0 and number + 1 < config.num_steps:
+            if is_main and (number + 1) % config.save_every == 0 and number + 1 < config.num_steps:
                 state = TrainingState(identity, [asdict(step) for step in history])
                 save_state(out / "state", model, optimizers, state, best)
-    finally:
-        appender.close()
     if best is not None:
         restore(model, best)
     return tuple(history)

@@ -12,6 +12,7 @@ from whyrank.generators.hf import HfGenerator
 from whyrank.records import Document, Query, Status
 from whyrank.store import content_key
 from whyrank.template import Rendered, Template
+from whyrank.training.ranks import ranks
 from whyrank.training.rollouts import Evidence, Rollout, RolloutCandidate, RolloutGroup
 from whyrank.training.scoring import Episode
 
@@ -42,7 +43,8 @@ def draw(
     temperature: float,
     seed: str,
 ) -> Drawn:
-    """Draw `num_samples` answers for every candidate; the prompt of a pair is read once.
+    """Draw `num_samples` answers for every candidate; the prompt of a pair is read once. Of several processes each
+    draws its share, and all have all of them afterwards.
 
     What is drawn depends on the network, the seed and the ids of the pair, not on its company.
 
@@ -58,11 +60,7 @@ def draw(
                 sampling = Sampling(temperature, cap, own)
                 rendered = template.render(query.text, document.full_text, generator.tokens, sampling=sampling)
                 asked.append((query.query_id, document.doc_id, rendered))
-    answers: dict[int, Completion] = {}
-    for index, completion in generator.generate(rendered.request for _, _, rendered in asked):
-        if completion.error is not None:
-            raise GenerationError(f"({asked[index][0]}, {asked[index][1]}): {completion.error}") from completion.error
-        answers[index] = completion
+    answers = ranks().gathered(_answers(generator, ranks().share(asked)))
     rollouts, episodes = [], []
     for index, (_, _, rendered) in enumerate(asked):
         rollout, episode = _read(rendered, answers[index], generator, template)
@@ -80,6 +78,16 @@ def draw(
             candidates.append(RolloutCandidate(document.doc_id, document.full_text[start:end], samples, known))
         groups.append(RolloutGroup(query.query_id, query.text, tuple(candidates), template.scale.values, cap))
     return Drawn(tuple(groups), tuple(episodes))
+
+
+def _answers(generator: HfGenerator, asked: Sequence[tuple[str, str, Rendered]]) -> list[Completion]:
+    """What the network writes, in the order of what is asked."""
+    answers: dict[int, Completion] = {}
+    for index, completion in generator.generate(rendered.request for _, _, rendered in asked):
+        if completion.error is not None:
+            raise GenerationError(f"({asked[index][0]}, {asked[index][1]}): {completion.error}") from completion.error
+        answers[index] = completion
+    return [answers[index] for index in range(len(asked))]
 
 
 def _read(

@@ -11,12 +11,15 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import fmean
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whyrank.checkpoint import CARD_NAME, Card, read_card
@@ -29,13 +32,21 @@ from whyrank.store import JsonlAppender, content_key, read_jsonl
 from whyrank.template import Template
 from whyrank.training import ppo_math
 from whyrank.training.alarms import RefineStep, find_alarm
-from whyrank.training.checkpoints import atomic_folder, recover, remove_state, save_checkpoint
-from whyrank.training.config import AdapterConfig
+from whyrank.training.checkpoints import (
+    BEST_NAME,
+    atomic_folder,
+    recover,
+    remove_state,
+    restore,
+    save_checkpoint,
+    snapshot_of,
+)
 from whyrank.training.curriculum import choose, hardness_of
 from whyrank.training.drawing import Drawn, draw
 from whyrank.training.examples import Example
 from whyrank.training.lora import add_adapter
 from whyrank.training.model_rewards import open_reward
+from whyrank.training.ranks import ranks
 from whyrank.training.refine_config import RefineConfig
 from whyrank.training.refine_state import RefineState, load_refine_state, save_refine_state
 from whyrank.training.rewards import Rewarded, WeightedReward, length_costs, parse_reward, reward_group
@@ -148,7 +159,9 @@ class _Run:
         self.history = [RefineStep(**{**row, "labels": tuple(row["labels"])}) for row in self.state.history]
         self.hardness = {(query_id, doc_id): value for query_id, doc_id, value in self.state.hardness}
         self.clock = time.perf_counter() - (self.history[-1].seconds if self.history else 0.0)
-        recover(out / "best")
+        ranks().wait()  # before the first process changes what the others look for
+        if ranks().is_main:
+            recover(out / "best")
         if state is None:
             self._begin()
 
@@ -161,16 +174,19 @@ class _Run:
     def to_the_end(self, on_step: Callable[[RefineStep], None] | None) -> Refined:
         """All rounds that are left, until the last or an alarm."""
         alarm = find_alarm(self.history, self.config) if self.history else None
-        with JsonlAppender(self.out / METRICS_NAME, RefineStep) as metrics:
-            metrics.rewrite(self.history)
+        is_main = ranks().is_main
+        with JsonlAppender(self.out / METRICS_NAME, RefineStep) if is_main else nullcontext() as metrics:
+            if metrics is not None:
+                metrics.rewrite(self.history)
             while alarm is None and len(self.history) < self.config.num_steps:
                 step = self._round(len(self.history))
                 self.history.append(step)
-                metrics.append(step)
+                if metrics is not None:
+                    metrics.append(step)
                 if self.data.dev is None or (step.dev is not None and step.step == self._best()[0]):
                     self._keep_as_best()
                 alarm = find_alarm(self.history, self.config)
-                if step.step % self.config.save_every == 0:
+                if is_main and step.step % self.config.save_every == 0:
                     self._save()
                 if on_step:
                     on_step(step)
@@ -198,7 +214,10 @@ class _Run:
             seed=seed,
         )
         usual = self.history[0].length if self.history else _mean_length(drawn)
-        rewarded = [reward_group(group, self.rewards, unreadable=config.unreadable_reward) for group in drawn.groups]
+        # By one process alone: an endpoint that judges would tell each of them something else.
+        rewarded = ranks().from_main(
+            lambda: [reward_group(group, self.rewards, unreadable=config.unreadable_reward) for group in drawn.groups]
+        )
         earned = [
             total - cost
             for group, found in zip(drawn.groups, rewarded, strict=True)
@@ -293,7 +312,8 @@ class _Run:
         return self._ranked(self.data.dev) if self.data.dev is not None and is_time else None
 
     def _ranked(self, dev: DevSet) -> float:
-        return rank_dev(self.learner.model, self.generator.tokens, self.template, "explain", dev).ndcg
+        ranked = partial(rank_dev, self.learner.model, self.generator.tokens, self.template, "explain", dev)
+        return ranks().from_main(ranked).ndcg
 
     def _best(self) -> tuple[int, float | None]:
         """Round and nDCG@10 of the best ranking so far; the first of equals."""
@@ -303,11 +323,10 @@ class _Run:
         return max(ranked, key=lambda pair: pair[1])
 
     def _keep_as_best(self) -> None:
-        if self.data.dev is None:
-            return  # the last one will do, and it is at hand
+        if self.data.dev is None or not ranks().is_main:
+            return  # without dev queries the last one will do, and it is at hand
         with atomic_folder(self.out / "best") as growing:
-            card = Card(self.template, self.modes)
-            save_checkpoint(growing, self.learner.model, self.tokenizer, card, self.config.adapter)
+            save_file(dict(snapshot_of(self.learner.model)), growing / BEST_NAME)
 
     def _save(self) -> None:
         self.state.hardness = [(*ids, value) for ids, value in self.hardness.items()]
@@ -316,15 +335,16 @@ class _Run:
 
     def _finish(self, alarm: str | None) -> Refined:
         best_step, best_dev = self._best()
-        kept, how = self.learner.model, replace(self.config.adapter, is_merged=self.config.adapter.rank > 0)
-        if self.data.dev is not None:
-            # An adapter comes back merged: what is written is whole either way.
-            kept, how = load_model(self.out / "best", torch.device("cpu"), torch.float32), AdapterConfig()
         outcome = {"alarm": alarm, "first_dev": self.state.first_dev, "best_dev": best_dev, "best_step": best_step}
         provenance = {"config": json.loads(json.dumps(asdict(self.config))), "identity": self.identity, **outcome}
         labels = self.generator.tokens.label_tokens(self.template)
-        save_checkpoint(self.out, kept, self.tokenizer, Card(self.template, self.modes, labels, provenance), how)
-        remove_state(self.out / "best")
+        card = Card(self.template, self.modes, labels, provenance)
+        if ranks().is_main:
+            if self.data.dev is not None:
+                restore(self.learner.model, load_file(self.out / "best" / BEST_NAME))
+            save_checkpoint(self.out, self.learner.model, self.tokenizer, card, self.config.adapter)
+            remove_state(self.out / "best")
+        ranks().wait()
         num_pairs = len(self.data.evidence)
         return Refined(self.out, num_pairs, self.state.first_dev, best_dev, best_step, alarm, tuple(self.history))
 

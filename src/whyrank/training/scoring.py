@@ -72,6 +72,10 @@ class Scores:
     entropies: Tensor
     labels: Tensor
 
+    def to(self, device: torch.device) -> Scores:
+        """The same on a device."""
+        return Scores(*(found.to(device) for found in (self.log_probs, self.values, self.entropies, self.labels)))
+
 
 class ValueHead(nn.Module):
     """What is to be expected of an answer, from the last hidden state before an action. It begins at 0 everywhere."""

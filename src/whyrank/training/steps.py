@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from whyrank.training.config import DistillConfig
 from whyrank.training.packing import Strand, continuation_log_probs, pack
+from whyrank.training.ranks import ranks
 
 __all__ = ["Update", "is_bfloat16", "learning_rate_at", "precision_of", "separate_log_probs", "update"]
 
@@ -37,7 +38,8 @@ def update(
     *,
     pad_id: int = 0,
 ) -> Update:
-    """One step of all optimizers, on the weighted mean of the scored tokens' negative log-likelihoods.
+    """One step of all optimizers, on the weighted mean of the scored tokens' negative log-likelihoods; of several
+    processes each reads its share of the batch.
 
     Args:
         model: in training mode.
@@ -47,9 +49,10 @@ def update(
         config: `is_packed`, `max_pass_tokens`, `max_grad_norm` and `precision`.
         pad_id: fills rows up where the batch is not packed.
     """
+    together = ranks()
     total = sum(sum(strand.weights) for strand in strands)
     loss, num_tokens = 0.0, 0
-    for part in _passes(strands, config.max_pass_tokens):
+    for part in _passes(together.share(strands), config.max_pass_tokens):
         with precision_of(config, model.device):
             if config.is_packed:
                 batch = pack(part, model.device)
@@ -64,13 +67,15 @@ def update(
     trained = [
         parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
     ]
+    together.sum_gradients(trained)
+    loss, num_read_by_all = together.sums(loss, num_tokens)
     norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return Update(loss, norm.item(), num_tokens)
+    return Update(loss, norm.item(), int(num_read_by_all))
 
 
 def separate_log_probs(model: PreTrainedModel, strands: Sequence[Strand], pad_id: int = 0) -> Tensor:

@@ -19,6 +19,7 @@ from whyrank.training import ppo_math
 from whyrank.training.examples import Example, to_strand
 from whyrank.training.lora import has_adapter, without_adapter
 from whyrank.training.packing import continuation_log_probs, pack
+from whyrank.training.ranks import ALONE, Ranks, ranks
 from whyrank.training.refine_config import RefineConfig
 from whyrank.training.scoring import Episode, Scores, ValueHead, action_mask, score
 
@@ -157,13 +158,15 @@ class Learner:
         is_value_only: bool,
         replay: Callable[[], Sequence[Example]],
     ) -> Updated:
-        """Gradients of one optimizer step, accumulated over microbatches."""
+        """Gradients of one optimizer step, accumulated over microbatches and processes."""
         config, samples = self.config, self.config.num_samples
         every = [pair * samples + number for pair in pairs for number in range(samples)]
         num_actions = int(lesson.mask[every].sum())
         policy = value = moved = clipped = 0.0
-        for start in range(0, len(every), config.microbatch_size * samples):
-            rows = every[start : start + config.microbatch_size * samples]
+        together = ranks()
+        own = [pair * samples + number for pair in together.share(pairs) for number in range(samples)]
+        for start in range(0, len(own), config.microbatch_size * samples):
+            rows = own[start : start + config.microbatch_size * samples]
             mask = lesson.mask[rows]
             width = int(mask.sum(dim=1).max())
             part = _rows(lesson, rows, width)
@@ -181,9 +184,11 @@ class Learner:
         examples = [] if is_value_only else replay()
         if examples:
             with self._precision():
-                loss = example_loss(self.model, examples)
+                loss = example_loss(self.model, examples, together)
             (config.replay_weight * loss).backward()
             replayed = float(loss.detach())
+        together.sum_gradients([*self.parameters, *self.head.parameters()])
+        policy, value, clipped, replayed, moved = together.sums(policy, value, clipped, replayed, moved)
         norm = float(clip_grad_norm_(self.parameters, config.max_grad_norm))
         clip_grad_norm_(self.head.parameters(), config.max_grad_norm)
         return Updated(policy, value, replayed, clipped, norm, moved, 1)
@@ -208,14 +213,21 @@ class Learner:
         return policy, value
 
     def _scores(self, model: PreTrainedModel, head: ValueHead | None, episodes: Sequence[Episode]) -> Scores:
-        """Scores of a whole round, a microbatch at a time, put together in one table."""
-        size = self.config.microbatch_size * self.config.num_samples
+        """Scores of a whole round, a microbatch at a time, put together in one table; of several processes each works
+        out its share."""
+        samples, together = self.config.num_samples, ranks()
+        size = self.config.microbatch_size * samples
         mask = action_mask(episodes)
+        pairs = together.share(range(len(episodes) // samples))
+        own = episodes[pairs[0] * samples : (pairs[-1] + 1) * samples] if pairs else ()
         with self._precision():
             parts = [
-                score(model, head, episodes[start : start + size], self.config.temperature)
-                for start in range(0, len(episodes), size)
+                score(model, head, own[start : start + size], self.config.temperature)
+                for start in range(0, len(own), size)
             ]
+        if together.size > 1:
+            device = self.model.device
+            parts = [part.to(device) for part in together.gathered([part.to(torch.device("cpu")) for part in parts])]
 
         def table(tensors: Sequence[Tensor]) -> Tensor:
             return torch.cat([torch.nn.functional.pad(found, (0, mask.shape[1] - found.shape[1])) for found in tensors])
@@ -248,10 +260,14 @@ class Learner:
             yield
 
 
-def example_loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
-    """Mean negative log-likelihood of distilled answers in nats per token, as in distillation."""
-    strands = [to_strand(found) for found in examples]
-    return -continuation_log_probs(model, pack(strands, model.device)).mean()
+def example_loss(model: PreTrainedModel, examples: Sequence[Example], together: Ranks = ALONE) -> Tensor:
+    """Mean negative log-likelihood of distilled answers in nats per token, as in distillation; of several processes,
+    the part that this one adds to it."""
+    own = together.share([to_strand(found) for found in examples])
+    if not own:
+        return torch.zeros((), device=model.device, requires_grad=True)
+    num_scored = sum(len(found.ids) - found.num_prompt for found in examples)
+    return -continuation_log_probs(model, pack(own, model.device)).sum() / num_scored
 
 
 def _rows(lesson: Lesson, rows: Sequence[int], width: int) -> Lesson:
