@@ -16,5 +16,5 @@ target=src/whyrank/almanac/model
 mkdir -p "$target" results/embedded-model
 cp "$work"/model/{config.json,generation_config.json,model.safetensors,tokenizer.json,tokenizer_config.json,whyrank.json} \
   "$work/model/chat_template.jinja" "$target/"
-cp "$work/model/log.jsonl" results/embedded-model/training-log.jsonl
+cp "$work/model/metrics.jsonl" results/embedded-model/training-log.jsonl
 "$bin/python" scripts/measure_embedded_model.py ${2:+"$2"}

@@ -79,7 +79,7 @@ def test_resumed_training_begins_at_its_step(clock: Clock, capsys: pytest.Captur
     from whyrank.training.distill import Distilled, Step
 
     # A stand-in for training, which resumed after 40 of 50 steps.
-    def resumed(*_: object, weights: None, dev: None, on_step: Callable[[Step], None]) -> Distilled:
+    def resumed(*_: object, on_step: Callable[[Step], None], **_more: object) -> Distilled:
         clock.now = 30.0
         steps = [Step(number, 1.5, 0.1, 9, 30.0) for number in (41, 42, 43)]
         for step in steps:
