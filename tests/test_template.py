@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.user_templates import RULED, SHIPPED, THINKING, from_toml
 from whyrank.errors import InputError
 from whyrank.generators import ApproximateTokens, Sampling
-from whyrank.template import AnswerWords, Limits, PromptWords, Scale, Template
+from whyrank.template import AnswerWords, Limits, PromptWords, Scale, Template, cut_end
 
 
 @dataclass(frozen=True)
@@ -296,3 +296,72 @@ def test_every_shipped_format_shows_its_own_answer_shape() -> None:
 def test_limits_of_the_almanac_are_small() -> None:
     assert Template.load("almanac").limits == Limits(96, 96, 64)
     assert len(ApproximateTokens().offsets("x" * 9)) == 3  # 4 + 4 + 1 characters
+
+
+# ---- what a small change would break ------------------------------------------------------------------------
+
+
+def plain(**changes: Any) -> Template:
+    words = {name: changes.pop(name) for name in ("separator", "thinking", "label_prompt") if name in changes}
+    return Template("plain", PromptWords("Judge."), answer_words=AnswerWords(**words), **changes)
+
+
+def test_a_scale_takes_a_probability_for_each_label() -> None:
+    scale = plain().scale
+    assert scale.value("2") == 2.0
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        scale.expected((0.5, 0.5))
+
+
+def test_a_label_is_one_line() -> None:
+    with pytest.raises(ValueError, match="one line without space around it"):
+        plain(labels=("no", "y\nes"))
+
+
+@pytest.mark.parametrize(("thinking", "separator"), [(("<<", "oo"), "oo"), (("<<", "yX"), "yX")])
+def test_a_closing_tag_may_be_the_separator_whatever_its_letters(thinking: tuple[str, str], separator: str) -> None:
+    template = plain(thinking=thinking, separator=separator)
+    assert template.parse(template.answer("1", "why")) == ("1", "why")
+
+
+@pytest.mark.parametrize("separator", ["/think>\n", "<think>", "\n--<think>--"])
+def test_text_and_separator_must_not_spell_a_thinking_tag(separator: str) -> None:
+    with pytest.raises(ValueError, match="could spell one of"):
+        plain(separator=separator)
+
+
+def test_what_a_template_says_of_itself_is_told_once() -> None:
+    with pytest.raises(InputError) as caught:
+        Template.from_dict({"name": "t", "prompt": {"task": "x"}, "labels": "0-7"}, where="file.toml")
+    assert str(caught.value).startswith("file.toml: template 't': expected labels to be one of")
+
+
+def test_a_template_as_plain_values_is_what_json_holds() -> None:
+    data = plain(labels=("no", "yes")).to_dict()
+    assert data == json.loads(json.dumps(data))
+
+
+def test_a_request_carries_what_the_template_says() -> None:
+    template = plain(limits=Limits(max_explanation_tokens=7), chat_options={"enable_thinking": False})
+    request = template.render("q", "d", ApproximateTokens()).request
+    assert request.sampling == Sampling(max_tokens=7)
+    assert request.chat_options == {"enable_thinking": False}
+    assert template.answer_parts("1", "", "direct") == ((True, "Relevance Label: 1 ##"),)
+
+
+def test_an_exact_answer_after_a_thought_keeps_its_white_space() -> None:
+    template = plain()
+    assert template.parse("<think>hm</think>\n\n" + template.answer("1", " padded ")) == ("1", " padded ")
+
+
+def test_the_same_label_said_twice_is_that_label() -> None:
+    template = plain()
+    twice = "Explanation:  so\nRelevance Label: 1\nit is \n\nRelevance Label: 1 ##"
+    assert template.parse(twice) == ("1", " so\nRelevance Label: 1\nit is ")
+    assert template.parse("So\nRelevance Label: 1\nit is\nRelevance Label: 1").label == "1"
+
+
+def test_a_text_that_just_fits_is_not_cut() -> None:
+    assert cut_end("one two ", 2, Words()) == len("one two ")
+    assert cut_end("one two three", 2, Words()) == len("one two")
+    assert cut_end("one", 0, Words()) == 0

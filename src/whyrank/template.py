@@ -166,7 +166,8 @@ class Template:
                 f"text, found {', '.join(self._protected)}"
             )
         ending = "" if self._is_thinking_the_explanation else self.label_prompt("explain")
-        if any(ending.startswith(tag[start:]) for tag in words.thinking for start in range(1, len(tag))):
+        tails = (tag[start:] for tag in words.thinking for start in range(1, len(tag)))
+        if any(map(ending.startswith, tails)) or any(tag in ending for tag in words.thinking if tag):
             raise InputError(f"template {self.name!r}: text and separator together could spell one of {words.thinking}")
 
     # ---- loading and identity -------------------------------------------------------------------------------
@@ -445,5 +446,5 @@ def cut_end(text: str, max_tokens: int, tokens: TextTokens) -> int:
     head = text[: max_tokens * CHARACTERS_PER_TOKEN_AT_MOST]
     offsets = tokens.offsets(head)
     if len(offsets) > max_tokens:
-        return offsets[max_tokens - 1][1] if max_tokens else 0
+        return offsets[max_tokens - 1][1]
     return len(head)
