@@ -393,10 +393,9 @@ def test_an_alarm_has_an_exit_code_of_its_own(student: Path, tmp_path: Path) -> 
 )
 def test_wrong_use_is_told(student: Path, tmp_path: Path, more: list[str], code: int, problem: str) -> None:
     words = [*write_inputs(tmp_path, student), "-o", str(tmp_path / "out"), *more]
-    done = subprocess.run(
-        [sys.executable, "-c", "from whyrank.cli import main; main()", *words], capture_output=True, text=True
-    )
-    assert (done.returncode, problem in " ".join(done.stderr.split())) == (code, True), done.stderr
+    done = CliRunner().invoke(app, words)
+    told = done.output if code == 2 else str(done.exception)
+    assert (done.exit_code, problem in " ".join(told.replace("│", " ").split())) == (code, True), told
 
 
 def num_saved(out: Path) -> int:
