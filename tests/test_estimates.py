@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from whyrank.estimates import (
     Work,
     cost,
     distilling,
+    expanding,
     hours,
     judging,
     refining,
@@ -41,6 +44,10 @@ def test_auto_may_come_to_both_answers() -> None:
     direct, explained = judging(SMALL, 1, 1, "direct"), judging(SMALL, 1, 1)
     assert (direct.num_written, explained.num_written) == (1, 5)
     assert judging(SMALL, 1, 1, "auto").num_written == 6
+
+
+def test_expanding_reads_questions_and_writes_search_queries() -> None:
+    assert expanding(replace(SMALL, search_query_tokens=7), 3) == Work(0, 3 * 30, 21)
 
 
 def test_distilling_trains_on_prompts_and_answers() -> None:

@@ -285,6 +285,9 @@ def test_the_papers_numbers_by_hand(tmp_path: Path) -> None:
     # 6,250 steps x 16 examples x 1,551 tokens, 4 operations per frozen parameter: 155.1e6 x 3.21e9 x 4 / (312e12 x .3).
     assert stages["distill"]["num_trained"] == 155_100_000
     assert stages["distill"]["hours"] == pytest.approx(155.1e6 * 3.21e9 * 4 / (312e12 * 0.3) / 3600)
+    # 20,000 questions of 250 + 250 tokens, 60 tokens of search queries each; the refined student writes for 1,000.
+    assert (stages["expand"]["num_read"], stages["expand"]["num_written"]) == (10_000_000, 1_200_000)
+    assert (stages["search"]["num_read"], stages["search"]["num_written"]) == (500_000, 60_000)
     # What is distilled and refined is as large as what it began with.
     rerank = stages["rerank"]
     seconds = 2 * 3.21e9 * (rerank["num_read"] / (312e12 * 0.4) + rerank["num_written"] / (312e12 * 0.05))

@@ -22,6 +22,7 @@ __all__ = [
     "Work",
     "cost",
     "distilling",
+    "expanding",
     "hours",
     "judging",
     "refining",
@@ -58,6 +59,8 @@ class Expected:
     """Tokens of a document, as cut by the template."""
     explanation_tokens: int = 120
     """Tokens of an explanation."""
+    search_query_tokens: int = 60
+    """Tokens of all search queries that are written for a question."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -145,6 +148,12 @@ def judging(
         return Work(num_pairs, num_pairs * num_samples * expected.prompt_tokens, written)
     beginnings = num_queries * (expected.instruction_tokens + expected.query_tokens)
     return Work(num_pairs, beginnings + num_pairs * expected.document_tokens, written)
+
+
+def expanding(expected: Expected, num_queries: int) -> Work:
+    """Read every question once and write its search queries; nothing is shared between questions but instructions."""
+    num_read = num_queries * (expected.instruction_tokens + expected.query_tokens)
+    return Work(num_read=num_read, num_written=num_queries * expected.search_query_tokens)
 
 
 def distilling(expected: Expected, num_examples: int, mode: Literal["explain", "direct"] = "explain") -> Work:

@@ -14,9 +14,21 @@ from pydantic import JsonValue
 
 from whyrank.cli.commands import Command
 from whyrank.cli.distill import distill_config
+from whyrank.cli.expand import writer_in
 from whyrank.cli.refine import refine_config
-from whyrank.datasets import read_run
-from whyrank.estimates import Expected, Price, Work, cost, distilling, hours, judging, refining, tiny_parameters
+from whyrank.datasets import read_queries, read_run
+from whyrank.estimates import (
+    Expected,
+    Price,
+    Work,
+    cost,
+    distilling,
+    expanding,
+    hours,
+    judging,
+    refining,
+    tiny_parameters,
+)
 from whyrank.generators.opening import EMBEDDED_MODEL, options_of
 from whyrank.recipe import Recipe
 from whyrank.store import read_lines
@@ -67,7 +79,9 @@ def estimates_of(recipe: Recipe, commands: Iterable[Command]) -> list[Estimate]:
 def _model_of(command: Command) -> str | None:
     """What a stage runs or trains; `None` for verbs without a model."""
     params = command.context.params
-    if command.stage.verb not in ("label", "distill", "refine", "calibrate", "rerank"):
+    if command.stage.verb == "search":
+        return writer_in(params["expand"]) if params["expand"] else None
+    if command.stage.verb not in ("label", "expand", "distill", "refine", "calibrate", "rerank"):
         return None
     model = str(params.get("teacher") or params.get("model") or EMBEDDED_MODEL)
     return model if options_of(model)[0] == "endpoint" else str(Path(model))
@@ -130,6 +144,18 @@ def _labelled(context: typer.Context, expected: Expected) -> tuple[Work, bool]:
     return judging(expected, expected.questions, num_pairs, params["mode"], is_shared=is_shared), is_counted
 
 
+def _expanded(context: typer.Context, expected: Expected) -> tuple[Work, bool]:
+    """Search queries for the questions of a file, which are counted if it is there."""
+    params = context.params
+    if context.command.name == "search" and (not params["expand"] or writer_in(params["expand"]) is None):
+        return Work(), True
+    is_counted = params["queries"].is_file()
+    num_queries = sum(1 for _ in read_queries(params["queries"])) if is_counted else expected.questions
+    if context.command.name == "search" and not is_counted:
+        num_queries = expected.queries
+    return expanding(expected, min(num_queries, params["limit"] or num_queries)), is_counted
+
+
 def _distilled(context: typer.Context, expected: Expected) -> tuple[Work, bool]:
     config = distill_config(context.params)
     num_examples = config.num_steps * config.batch_size
@@ -179,6 +205,8 @@ def _ranked(params: Mapping[str, Any], expected: Expected) -> tuple[int, int, bo
 
 COUNTED: Final[Mapping[str, Callable[[typer.Context, Expected], tuple[Work, bool]]]] = {
     "label": _labelled,
+    "expand": _expanded,
+    "search": _expanded,
     "distill": _distilled,
     "refine": _refined,
     "calibrate": _calibrated,

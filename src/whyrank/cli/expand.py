@@ -37,7 +37,7 @@ from whyrank.stages import warn_of_bad_lines
 from whyrank.stages.expand import SEARCH_QUERIES, Expanded, by_query, expand_queries, written_by
 from whyrank.store import BadLines, Manifest
 
-__all__ = ["expand", "expansions_of", "print_expanded", "writer_of"]
+__all__ = ["expand", "expansions_of", "print_expanded", "writer_in", "writer_of"]
 
 
 def writer_of(model: str, options: ModelOptions = MODEL) -> QueryWriter:
@@ -94,6 +94,11 @@ def expand(
     raise typer.Exit(done.exit_code)
 
 
+def writer_in(source: str) -> str | None:
+    """The model that `search --expand` names; `None` where it names a file of search queries."""
+    return None if source.endswith(".jsonl") and options_of(source)[0] == "hf" else source
+
+
 def print_expanded(done: Expanded) -> None:
     """What was written, and for how many queries nothing could be read."""
     num_queries = done.counts.num_known + done.counts.num_new
@@ -109,7 +114,7 @@ def expansions_of(
     source: str, asked: Sequence[Query], kept: Path, manifest: Manifest
 ) -> tuple[Mapping[str, Sequence[str]], Expanded | None]:
     """Search queries by query id: from a file of them, or written by a model into `kept`."""
-    if source.endswith(".jsonl") and options_of(source)[0] == "hf":
+    if writer_in(source) is None:
         return by_query(written_by([Path(source)])), None
     with resumable(kept):
         done = expand_queries(asked, writer_of(source), kept, manifest)
