@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from provenance import RESULTS, ROOT, provenance, write_result
 from refining_table import (
     DISTILL,
@@ -39,6 +40,7 @@ from whyrank.almanac import build
 from whyrank.almanac.gold import gold_judgments
 from whyrank.almanac.links import LinksConfig, answer_links
 from whyrank.demo.systems import MEASURE, bootstrap_interval, loaded, student_row
+from whyrank.generators.hf.load import load_model
 from whyrank.judging import Judge, JudgingCounts, judge_into
 from whyrank.records import Document, Judgment, Query
 from whyrank.rerank import Reranker
@@ -136,9 +138,13 @@ def run_row(system: str, seed: int, work: Path) -> dict[str, Any]:
             more |= {"label_accuracy_of_lessons": fmean(right), "lesson_seconds": round(lesson_seconds, 1)}
     more["seconds"] = round(time.perf_counter() - start, 1)
     generator = loaded(out)
-    parameters = sum(parameter.numel() for parameter in generator.model.parameters())
     row = student_row(test, Reranker.of(TEMPLATE, generator), system, work / f"{system}-{seed}-test")
-    return {**row.to_json(), "per_query": dict(row.per_query), "num_parameters": parameters, **more}
+    return {**row.to_json(), "per_query": dict(row.per_query), "num_parameters": num_parameters(out), **more}
+
+
+def num_parameters(checkpoint: Path) -> int:
+    """As many as are saved; the engine holds some of them in other forms."""
+    return load_model(checkpoint, torch.device("cpu"), torch.float32).num_parameters()
 
 
 def summary() -> list[dict[str, Any]]:

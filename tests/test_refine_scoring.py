@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,9 +21,11 @@ from whyrank.records import Document, Query
 from whyrank.template import Template
 from whyrank.training.config import TinyConfig
 from whyrank.training.drawing import draw
+from whyrank.training.refine_config import RefineConfig
 from whyrank.training.rollouts import Evidence
 from whyrank.training.scoring import Episode, ValueHead, action_mask, score
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
+from whyrank.training.updating import Learner
 
 SHAPE = TinyConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=512)
 ALMANAC = Template.load("almanac")
@@ -202,3 +207,49 @@ def test_labels_are_drawn_from_their_distribution(
         expected = sum(rollout.probs[place] for rollout in rollouts if rollout.probs) / 300
         found = sum(rollout.label == label for rollout in rollouts) / 300
         assert found == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 300))
+
+
+# ---- a round of one step ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rwl"])
+def test_a_single_step_finds_out_itself_what_the_policy_said(
+    model: LlamaForCausalLM, algorithm: Literal["grpo", "rwl"]
+) -> None:
+    """No pass beforehand, the same weights afterwards as with one: the step begins with the policy that drew."""
+    capped = replace(EPISODE, explanation=(33, 34, 35, 36, 37), has_end=False, log_probs=(0.0,) * 5, label=0)
+    other = replace(EPISODE, prompt=(1, 23, 24), label=1)
+    episodes, rewards = [EPISODE, capped, other, replace(other, label=2)], [1.0, 0.0, 0.25, 0.75]
+    options: dict[str, Any] = {"num_samples": 2, "num_epochs": 1, "minibatch_size": 2, "microbatch_size": 1}
+    config = RefineConfig(algorithm=algorithm, device="cpu", **options)
+    trained = []
+    for is_known in (False, True):
+        learner = Learner(copy.deepcopy(model), config)
+        expected = score(model, None, episodes, config.temperature)
+        lesson = learner.prepare(episodes, rewards, 0.02)
+        assert lesson.old is None
+        if is_known:
+            lesson = replace(lesson, old=expected)
+        more: dict[str, Any] = {"coefficient": 0.02, "is_value_only": False, "replay": list, "rng": Random(0)}
+        updated = learner.update(lesson, rate=1e-3, **more)
+        for name in ("log_probs", "entropies", "labels"):
+            torch.testing.assert_close(getattr(updated.old, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+        assert updated.num_updates == 1
+        assert updated.step_kl == pytest.approx(0.0, abs=1e-6)
+        trained.append(torch.cat([found.detach().flatten() for found in learner.parameters]))
+    before = torch.cat([found.detach().flatten() for found in model.parameters()])
+    torch.testing.assert_close(trained[0], trained[1], rtol=0, atol=2e-5)
+    assert float((trained[0] - before).abs().max()) > 5e-4
+
+
+@pytest.mark.parametrize("changed", [{"algorithm": "ppo"}, {"num_epochs": 2}, {"minibatch_size": 1}])
+def test_of_several_steps_the_first_must_not_move_what_the_policy_said(
+    model: LlamaForCausalLM, changed: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"algorithm": "grpo", "num_samples": 2, "num_epochs": 1, "minibatch_size": 2, **changed}
+    learner = Learner(copy.deepcopy(model), RefineConfig(device="cpu", **options))
+    episodes = [EPISODE, replace(EPISODE, label=0), EPISODE, replace(EPISODE, label=1)]
+    lesson = learner.prepare(episodes, [1.0, 0.0, 0.5, 0.25], 0.02)
+    assert lesson.old is not None
+    expected = score(model, None, episodes, 1.0).log_probs
+    torch.testing.assert_close(lesson.old.log_probs, expected, rtol=1e-4, atol=1e-5)

@@ -51,6 +51,7 @@ from whyrank.training.refine_config import RefineConfig
 from whyrank.training.refine_state import RefineState, load_refine_state, save_refine_state
 from whyrank.training.rewards import Rewarded, WeightedReward, length_costs, parse_reward, reward_group
 from whyrank.training.rollouts import Evidence
+from whyrank.training.scoring import Episode, Scores
 from whyrank.training.updating import Learner, Lesson, Updated
 from whyrank.training.validation import DevSet, rank_dev
 
@@ -267,8 +268,8 @@ class _Run:
         rollouts = [rollout for group in drawn.groups for _, rollout in group.pairs]
         counts = Counter(rollout.label for rollout in rollouts if rollout.label is not None)
         shares = tuple(counts[label] / max(1, counts.total()) for label in self.template.scale.labels)
-        gaps = _gaps(lesson)
-        distances = ppo_math.kl_k1(lesson.old, lesson.reference), ppo_math.kl_k3(lesson.old, lesson.reference)
+        old, gaps = updated.old, _gaps(lesson.episodes, updated.old)
+        distances = (found(old.log_probs, lesson.reference) for found in (ppo_math.kl_k1, ppo_math.kl_k3))
         kl, kl_k3 = (float(ppo_math.masked_mean(found, lesson.mask)) for found in distances)
         step = RefineStep(
             step=number + 1,
@@ -281,7 +282,7 @@ class _Run:
             kl_k3=kl_k3,
             step_kl=updated.step_kl,
             kl_coefficient=self.state.kl_coefficient,
-            entropy=float(ppo_math.masked_mean(lesson.entropies, lesson.mask)),
+            entropy=float(ppo_math.masked_mean(old.entropies, lesson.mask)),
             label_entropy=-sum(share * math.log(share) for share in shares if share),
             labels=shares,
             length=_mean_length(drawn),
@@ -291,7 +292,7 @@ class _Run:
             policy_loss=updated.policy_loss,
             value_loss=updated.value_loss,
             replay_loss=updated.replay_loss,
-            explained_variance=float(ppo_math.explained_variance(lesson.values, lesson.returns, lesson.mask)),
+            explained_variance=float(ppo_math.explained_variance(old.values, lesson.returns, lesson.mask)),
             clip_share=updated.clip_share,
             grad_norm=updated.grad_norm,
             learning_rate=rate,
@@ -411,10 +412,10 @@ def _mean_length(drawn: Drawn) -> float:
     return fmean(rollout.num_tokens for group in drawn.groups for _, rollout in group.pairs)
 
 
-def _gaps(lesson: Lesson) -> list[float]:
+def _gaps(episodes: Sequence[Episode], old: Scores) -> list[float]:
     """Absolute differences between engine and trainer at every token of the explanations."""
     found: list[float] = []
-    for episode, row in zip(lesson.episodes, lesson.old.tolist(), strict=True):
+    for episode, row in zip(episodes, old.log_probs.tolist(), strict=True):
         if episode.log_probs is not None:
             found += [abs(engine - trainer) for engine, trainer in zip(episode.log_probs, row, strict=False)]
     return found

@@ -9,7 +9,7 @@ are not those that were drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,21 @@ class Scores:
 
     def to(self, device: torch.device) -> Scores:
         """The same on a device."""
-        return Scores(*(found.to(device) for found in (self.log_probs, self.values, self.entropies, self.labels)))
+        return self._each(lambda found: found.to(device))
+
+    def detach(self) -> Scores:
+        """The same without gradient."""
+        return self._each(Tensor.detach)
+
+    def rows(self, rows: Sequence[int], width: int) -> Scores:
+        """Some rollouts, with at most `width` actions."""
+        log_probs, values, entropies = (
+            found[list(rows), :width] for found in (self.log_probs, self.values, self.entropies)
+        )
+        return Scores(log_probs, values, entropies, self.labels[list(rows)])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Scores:
+        return Scores(*map(change, (self.log_probs, self.values, self.entropies, self.labels)))
 
 
 class ValueHead(nn.Module):

@@ -32,15 +32,14 @@ BETAS = (0.9, 0.98)
 class Lesson:
     """A round of R answers, ready to be learned from; all tensors are `(R, T)` but `weights`, `(R,)`.
 
-    `old`, `reference` and `values` are of the policy that drew the answers, before any update.
+    `old` is what the policy that drew the answers says of them. It is `None` where the round's only optimizer step
+    finds that out by itself.
     """
 
     episodes: tuple[Episode, ...]
     mask: Tensor
-    old: Tensor
+    old: Scores | None
     reference: Tensor
-    values: Tensor
-    entropies: Tensor
     advantages: Tensor
     returns: Tensor
     weights: Tensor
@@ -48,8 +47,10 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """Means over the optimizer steps of a round; `step_kl` is that of the last one."""
+    """Means over the optimizer steps of a round; `step_kl` is that of the last one. `old` is what the policy that drew
+    the answers says of them."""
 
+    old: Scores
     policy_loss: float = 0.0
     value_loss: float = 0.0
     replay_loss: float = 0.0
@@ -87,12 +88,13 @@ class Learner:
         """
         config, device = self.config, self.model.device
         with torch.no_grad():
-            old = self._scores(self.model, self.head, episodes)
+            is_found_later = self._is_only_step(len(episodes) // config.num_samples)
+            old = None if is_found_later else self._scores(self.model, self.head, episodes)
             with self._reference() as frozen:
                 reference = self._scores(frozen, None, episodes).log_probs
         mask = action_mask(episodes, device)
         earned = torch.tensor(rewards, device=device, dtype=torch.float32)
-        if config.algorithm == "ppo":
+        if config.algorithm == "ppo" and old is not None:
             if config.is_centred and config.num_samples > 1:
                 earned = ppo_math.leave_one_out(earned.view(-1, config.num_samples)).flatten()
             priced = ppo_math.token_rewards(earned, ppo_math.kl_k1(old.log_probs, reference), mask, coefficient)
@@ -107,9 +109,13 @@ class Learner:
         else:
             advantages = returns = torch.zeros_like(mask)
         weights = ppo_math.likelihood_weights(earned, config.reward_power)
-        return Lesson(
-            tuple(episodes), mask, old.log_probs, reference, old.values, old.entropies, advantages, returns, weights
-        )
+        return Lesson(tuple(episodes), mask, old, reference, advantages, returns, weights)
+
+    def _is_only_step(self, num_pairs: int) -> bool:
+        """Whether a round has one optimizer step, whose scores are those of the policy that drew the answers: a pass
+        over them beforehand would tell nothing new. The advantages of ppo need the values before."""
+        config = self.config
+        return config.algorithm != "ppo" and config.num_epochs == 1 and num_pairs <= config.minibatch_size
 
     def update(
         self,
@@ -138,17 +144,18 @@ class Learner:
         done: list[Updated] = []
         for _ in range(config.num_epochs):
             order = list(range(num_pairs))
-            rng.shuffle(order)
+            if lesson.old is not None:
+                rng.shuffle(order)
             for start in range(0, num_pairs, config.minibatch_size):
                 pairs = order[start : start + config.minibatch_size]
                 found = self._minibatch(lesson, pairs, coefficient, is_value_only, replay)
                 if found.step_kl > config.max_step_kl:
                     self.optimizer.zero_grad(set_to_none=True)
-                    return _mean_of(done, found.step_kl)
+                    return _mean_of(done, found)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 done.append(found)
-        return _mean_of(done, done[-1].step_kl)
+        return _mean_of(done, done[-1])
 
     def _minibatch(
         self,
@@ -163,7 +170,7 @@ class Learner:
         every = [pair * samples + number for pair in pairs for number in range(samples)]
         num_actions = int(lesson.mask[every].sum())
         policy = value = moved = clipped = 0.0
-        together = ranks()
+        together, seen = ranks(), []
         own = [pair * samples + number for pair in together.share(pairs) for number in range(samples)]
         for start in range(0, len(own), config.microbatch_size * samples):
             rows = own[start : start + config.microbatch_size * samples]
@@ -172,14 +179,17 @@ class Learner:
             part = _rows(lesson, rows, width)
             with self._precision():
                 new = self._score_rows(part)
+            old = new.detach() if part.old is None else part.old
+            seen.append(old)
             share = float(part.mask.sum()) / num_actions
-            losses = self._losses(new, part, coefficient, num_actions)
+            losses = self._losses(new, old, part, coefficient, num_actions)
             (losses[1] if is_value_only else losses[0] + losses[1]).backward()
             policy, value = policy + float(losses[0].detach()), value + float(losses[1].detach())
             with torch.no_grad():
-                distance = ppo_math.kl_k3(part.old, new.log_probs)
+                distance = ppo_math.kl_k3(old.log_probs, new.log_probs)
                 moved += share * float(ppo_math.masked_mean(distance, part.mask))
-                clipped += share * float(ppo_math.clip_share(new.log_probs, part.old, part.mask, clip=config.clip))
+                shares = ppo_math.clip_share(new.log_probs, old.log_probs, part.mask, clip=config.clip)
+                clipped += share * float(shares)
         replayed = 0.0
         examples = [] if is_value_only else replay()
         if examples:
@@ -191,16 +201,19 @@ class Learner:
         policy, value, clipped, replayed, moved = together.sums(policy, value, clipped, replayed, moved)
         norm = float(clip_grad_norm_(self.parameters, config.max_grad_norm))
         clip_grad_norm_(self.head.parameters(), config.max_grad_norm)
-        return Updated(policy, value, replayed, clipped, norm, moved, 1)
+        before = self._together(seen, lesson.mask.shape[1]) if lesson.old is None else lesson.old
+        return Updated(before, policy, value, replayed, clipped, norm, moved, 1)
 
-    def _losses(self, new: Scores, part: Lesson, coefficient: float, num_actions: int) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, new: Scores, old: Scores, part: Lesson, coefficient: float, num_actions: int
+    ) -> tuple[Tensor, Tensor]:
         """Policy loss and value loss of some rows, as their parts of the whole minibatch."""
         config, mask = self.config, part.mask
         none = torch.zeros((), device=mask.device)
         if config.algorithm == "rwl":
             return ppo_math.likelihood_loss(new.log_probs, part.weights, mask, num_actions=num_actions), none
         policy = ppo_math.policy_loss(
-            new.log_probs, part.old, part.advantages, mask, clip=config.clip, num_actions=num_actions
+            new.log_probs, old.log_probs, part.advantages, mask, clip=config.clip, num_actions=num_actions
         )
         if config.entropy_bonus:
             policy = policy - config.entropy_bonus * (new.entropies * mask).sum() / num_actions
@@ -208,29 +221,32 @@ class Learner:
             distance = ppo_math.kl_k3(new.log_probs, part.reference) * mask
             return policy + coefficient * distance.sum() / num_actions, none
         value = ppo_math.value_loss(
-            new.values, part.values, part.returns, mask, clip=config.value_clip, num_actions=num_actions
+            new.values, old.values, part.returns, mask, clip=config.value_clip, num_actions=num_actions
         )
         return policy, value
 
     def _scores(self, model: PreTrainedModel, head: ValueHead | None, episodes: Sequence[Episode]) -> Scores:
         """Scores of a whole round, a microbatch at a time, put together in one table; of several processes each works
         out its share."""
-        samples, together = self.config.num_samples, ranks()
+        samples = self.config.num_samples
         size = self.config.microbatch_size * samples
-        mask = action_mask(episodes)
-        pairs = together.share(range(len(episodes) // samples))
+        pairs = ranks().share(range(len(episodes) // samples))
         own = episodes[pairs[0] * samples : (pairs[-1] + 1) * samples] if pairs else ()
         with self._precision():
             parts = [
                 score(model, head, own[start : start + size], self.config.temperature)
                 for start in range(0, len(own), size)
             ]
-        if together.size > 1:
+        return self._together(parts, action_mask(episodes).shape[1])
+
+    def _together(self, parts: Sequence[Scores], width: int) -> Scores:
+        """One table of the microbatches of all processes."""
+        if ranks().size > 1:
             device = self.model.device
-            parts = [part.to(device) for part in together.gathered([part.to(torch.device("cpu")) for part in parts])]
+            parts = [part.to(device) for part in ranks().gathered([part.to(torch.device("cpu")) for part in parts])]
 
         def table(tensors: Sequence[Tensor]) -> Tensor:
-            return torch.cat([torch.nn.functional.pad(found, (0, mask.shape[1] - found.shape[1])) for found in tensors])
+            return torch.cat([torch.nn.functional.pad(found, (0, width - found.shape[1])) for found in tensors])
 
         return Scores(
             table([part.log_probs for part in parts]),
@@ -276,25 +292,24 @@ def _rows(lesson: Lesson, rows: Sequence[int], width: int) -> Lesson:
     return Lesson(
         episodes=tuple(lesson.episodes[row] for row in chosen),
         mask=lesson.mask[chosen, :width],
-        old=lesson.old[chosen, :width],
+        old=None if lesson.old is None else lesson.old.rows(chosen, width),
         reference=lesson.reference[chosen, :width],
-        values=lesson.values[chosen, :width],
-        entropies=lesson.entropies[chosen, :width],
         advantages=lesson.advantages[chosen, :width],
         returns=lesson.returns[chosen, :width],
         weights=lesson.weights[chosen],
     )
 
 
-def _mean_of(done: Sequence[Updated], step_kl: float) -> Updated:
+def _mean_of(done: Sequence[Updated], last: Updated) -> Updated:
     if not done:
-        return Updated(step_kl=step_kl)
+        return Updated(last.old, step_kl=last.step_kl)
     return Updated(
+        last.old,
         policy_loss=fmean(found.policy_loss for found in done),
         value_loss=fmean(found.value_loss for found in done),
         replay_loss=fmean(found.replay_loss for found in done),
         clip_share=fmean(found.clip_share for found in done),
         grad_norm=fmean(found.grad_norm for found in done),
-        step_kl=step_kl,
+        step_kl=last.step_kl,
         num_updates=len(done),
     )
