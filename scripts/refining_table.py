@@ -282,6 +282,7 @@ def refined(world: World, parent: Path, out: Path, config: RefineConfig) -> dict
         "alarm": done.alarm,
         "num_rollouts": sum(step.num_rollouts for step in done.history),
         "kl": done.history[-1].kl,
+        "training_seconds": done.history[-1].seconds,
     }
 
 
