@@ -244,12 +244,17 @@ def larger(what: str, body: str) -> str:
             f"{row['num_parameters']:,.0f}",
             _with_interval(row[MEASURE], row["interval"]),
             f"{row['label_accuracy']:.3f}",
-            *(f"{row['tokens_per_document']:.1f}", f"{row['documents_per_second']:.0f}", f"{row['seconds']:.0f}"),
+            *(f"{row['tokens_per_document']:.1f}", f"{1000 / row['documents_per_second']:.0f}", f"{row['seconds']:.0f}"),
+            *(
+                _with_interval(row[over][MEASURE], row[over]["interval"]) if over in row else "-"
+                for over in ("over_teacher", "over_distilled")
+            ),
         )
         for row in recorded["rows"]
     ]
-    head = ("system", "parameters", f"{MEASURE} [95 % interval]", "label accuracy")
-    return table((*head, "tokens per document", "documents/s", "seconds of training"), rows) + _provenance(recorded)
+    head = ("system", "parameters", f"{MEASURE} [95 % interval]", "label accuracy", "tokens per document")
+    more = ("ms per document", "seconds of training", "minus teacher", "minus distilled")
+    return table((*head, *more), rows) + _provenance(recorded)
 
 
 def _recorded(name: str) -> dict[str, Any]:
