@@ -244,7 +244,9 @@ def larger(what: str, body: str) -> str:
             f"{row['num_parameters']:,.0f}",
             _with_interval(row[MEASURE], row["interval"]),
             f"{row['label_accuracy']:.3f}",
-            *(f"{row['tokens_per_document']:.1f}", f"{1000 / row['documents_per_second']:.0f}", f"{row['seconds']:.0f}"),
+            f"{row['tokens_per_document']:.1f}",
+            f"{1000 / row['documents_per_second']:.0f}",
+            f"{row['seconds']:.0f}",
             *(
                 _with_interval(row[over][MEASURE], row[over]["interval"]) if over in row else "-"
                 for over in ("over_teacher", "over_distilled")
