@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from transformers import (
     LlamaForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedModel,
     T5Config,
 )
 
@@ -27,7 +28,7 @@ from whyrank.errors import GenerationError, InputError, TemplateMismatch, Unsupp
 from whyrank.generators import Request, Sampling
 from whyrank.generators.hf import HfGenerator
 from whyrank.generators.hf.labels import label_log_probs, prefixes_to_visit
-from whyrank.generators.hf.load import load_model
+from whyrank.generators.hf.load import load_model, weights_digest
 from whyrank.records import Mode
 from whyrank.template import Template
 
@@ -307,3 +308,16 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"safetensors"):
         load_model(tmp_path, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("num_values", [1, 65, 2**24 + 2, 28_311_552, 155_582_464])
+def test_the_digest_sees_the_first_and_the_last_value_of_tensors_of_any_size(num_values: int) -> None:
+    def digest(first: float, last: float) -> str:
+        values = torch.zeros(num_values, dtype=torch.bfloat16)  # the last one is a table of 151,936 tokens by 1,024
+        values[0], values[-1] = first, last
+        network = torch.nn.Module()
+        network.register_parameter("table", torch.nn.Parameter(values))
+        return weights_digest(cast(PreTrainedModel, network))
+
+    found = {digest(0.0, 0.0), digest(1.0, 1.0), *([digest(1.0, 0.0), digest(0.0, 1.0)] if num_values > 1 else [])}
+    assert len(found) == (4 if num_values > 1 else 2)

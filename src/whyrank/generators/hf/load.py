@@ -204,7 +204,8 @@ def weights_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)
+        # In float64: float32 cannot tell the places of a tensor of more than 2**24 values apart.
+        places = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long().to(flat.device)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(flat[places].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:8]
