@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed
+from torch.distributed.tensor import DTensor
 
 from whyrank.errors import InputError
 
@@ -66,11 +67,24 @@ class Ranks:
         distributed.all_reduce(total)
         return tuple(total.tolist())
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add up the gradients of all processes; one that had nothing to do adds nothing."""
+    def most(self, *values: int) -> tuple[int, ...]:
+        """The largest that any process has, the same in each."""
         if self.size == 1:
+            return values
+        found = torch.tensor(values)
+        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+        return tuple(found.tolist())
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add up the gradients of all processes; one that had nothing to do adds nothing. What no process has a
+        gradient for is left without one: its optimizer would count a step. Divided gradients are sums already."""
+        held = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        if self.size == 1 or not held:
             return
-        for parameter in parameters:
+        used = self.most(*(int(parameter.grad is not None) for parameter in held))
+        for parameter, is_used in zip(held, used, strict=True):
+            if not is_used:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             distributed.all_reduce(parameter.grad)
