@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -59,11 +60,13 @@ def free_port() -> int:
     raise OSError("no free port")
 
 
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "whyrank")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
 def in_two(words: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
     """A command of whyrank in two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "whyrank"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run([*launcher, *map(str, words)], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([*LAUNCHER, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
 
 
 def in_one(words: Sequence[str | Path]) -> None:
@@ -110,7 +113,11 @@ def student(distilling: tuple[str | Path, ...], tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.slow
-def test_two_processes_distil_as_one(distilling: tuple[str | Path, ...], student: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dividing", [(), ("--divide",)], ids=["whole", "divided"])
+def test_two_processes_distil_as_one(
+    dividing: tuple[str, ...], distilling: tuple[str | Path, ...], student: Path, tmp_path: Path
+) -> None:
+    distilling = (*distilling, *dividing)
     done = in_two((*distilling, "-o", tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("examples (") == 1  # one of them prints
@@ -130,7 +137,7 @@ def test_accelerate_launches_it_too(distilling: tuple[str | Path, ...], student:
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "whyrank", *map(str, distilling), "-o", str(tmp_path / "two")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -157,17 +164,118 @@ def test_two_processes_go_on_where_one_was_killed(
 
 
 @pytest.mark.slow
+def test_two_processes_with_divided_weights_go_on_where_they_were_killed(
+    distilling: tuple[str | Path, ...], student: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "two"
+    words = [str(word) for word in (*distilling, "--divide", "-o", out)]
+    launched_ones = subprocess.Popen([*LAUNCHER, *words], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while launched_ones.poll() is None and not (out / "state" / "state.json").is_file():
+        pass
+    subprocess.run(["pkill", "-KILL", "-f", str(out)], check=True)  # the launcher and both
+    assert launched_ones.wait() == -signal.SIGKILL
+    num_done = len(read_json(out / "state" / "state.json")["history"])
+    assert 0 < num_done < 8
+    done = in_two(words)
+    assert done.returncode == 0, done.stderr
+    assert len(curve(out, "step")) == 8
+    assert_same_weights(student, out)
+
+
+MEASURED = """
+import json, sys
+import torch
+from pathlib import Path
+from whyrank.generators.hf.load import load_model
+from whyrank.training.dividing import divide, is_divided, whole_weights
+from whyrank.training.ranks import launched
+
+def held(tensors):
+    return sum(t.to_local().numel() if hasattr(t, "to_local") else t.numel() for t in tensors)
+
+with launched() as ranks:
+    model = load_model(sys.argv[1], torch.device("cpu"), torch.float32)
+    before = held(model.parameters())
+    divide(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.tensor([[1, 2, 3]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    moments = held(s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    gradients, weights = held(p.grad for p in model.parameters()), held(model.parameters())
+    with whole_weights(model):
+        together = held(model.parameters())
+    found = [before, weights, gradients, moments, together, held(model.parameters()), is_divided(model)]
+    Path(sys.argv[2], f"{ranks.rank}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_each_process_holds_half_of_divided_weights_gradients_and_moments(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "measured.py").write_text(MEASURED)
+    done = subprocess.run(
+        [*LAUNCHER[:-2], str(tmp_path / "measured.py"), str(student), str(tmp_path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    whole = first[0]
+    for position, times in ((1, 1), (2, 1), (3, 2)):
+        assert first[position] + second[position] == times * whole
+        assert abs(first[position] - second[position]) <= 0.05 * whole  # rows are not cut
+    for found in (first, second):  # whole inside the block, divided again behind it
+        assert found[4:] == [whole, found[1], True]
+
+
+def test_one_process_divides_nothing(distilling: tuple[str | Path, ...], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [*map(str, distilling), "--divide", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "expected several processes" in str(done.exception)
+
+
+@pytest.mark.parametrize("words", [("--optimizer", "muon"), ("--model", "some", "--lora-rank", "4")])
+def test_what_cannot_be_divided_is_refused(
+    words: tuple[str, ...], distilling: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(app, [*map(str, distilling), *words, "--divide", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "divided weights" in " ".join(done.stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dividing", [(), ("--divide",)], ids=["whole", "divided"])
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rwl"])
-def test_two_processes_refine_as_one(algorithm: str, almanac: Path, student: Path, tmp_path: Path) -> None:
+def test_two_processes_refine_as_one(
+    algorithm: str, dividing: tuple[str, ...], almanac: Path, student: Path, tmp_path: Path
+) -> None:
     texts = ("--queries", almanac / "queries.jsonl", "--corpus", almanac / "corpus.jsonl")
     known = ("--pairs", almanac / "pairs.jsonl", "--judgments", almanac / "teacher.jsonl")
+    # The policy stays as it is in the first round and learns in the others.
+    (tmp_path / "refine.toml").write_text("num_value_steps = 1\nnum_warmup_steps = 0\n")
     replay = ("--replay", almanac / "teacher.jsonl")
     dev = ("--dev-run", almanac / "candidates.trec", "--dev-qrels", almanac / "qrels.trec", "--dev-every", "2")
     sizes = ("--num-steps", "3", "--num-queries", "3", "--num-candidates", "3", "--num-samples", "2")
     more = ("--minibatch-size", "5", "--microbatch-size", "2", "--learning-rate", "1e-3", "--device", "cpu")
-    words = ("refine", "--model", student, *texts, *known, *replay, *dev, *sizes, *more, "--algorithm", algorithm)
+    settled = ("--config", tmp_path / "refine.toml")
+    words = (
+        "refine",
+        "--model",
+        student,
+        *texts,
+        *known,
+        *replay,
+        *dev,
+        *sizes,
+        *more,
+        *settled,
+        "--algorithm",
+        algorithm,
+    )
     in_one((*words, "-o", tmp_path / "one"))
-    done = in_two((*words, "-o", tmp_path / "two"))
+    done = in_two((*words, *dividing, "-o", tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     names = ("reward", "kl", "policy_loss", "value_loss", "replay_loss", "grad_norm", "step_kl", "num_updates")
     for one, other in zip(curve(tmp_path / "one", *names), curve(tmp_path / "two", *names), strict=True):

@@ -28,7 +28,9 @@ from whyrank.errors import InputError, OtherJob
 from whyrank.generators.hf.load import load_model, without_progress_bars
 from whyrank.store import read_json, sha256_file
 from whyrank.training.config import AdapterConfig
+from whyrank.training.dividing import divided_like, is_divided, whole, whole_state, whole_weights
 from whyrank.training.lora import save_adapter, trainable_parameters
+from whyrank.training.ranks import ranks
 
 __all__ = [
     "BEST_NAME",
@@ -91,7 +93,23 @@ def save_checkpoint(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: Card, adapter: AdapterConfig
 ) -> None:
     """Write weights or adapter (safetensors), config and tokenizer, and last the card that makes the checkpoint
-    complete. With `adapter.is_merged` the adapter is written into whole weights, float32."""
+    complete. With `adapter.is_merged` the adapter is written into whole weights, float32. All processes call it, the
+    first one writes."""
+    state = whole_state(model) if is_divided(model) else None
+    if ranks().is_main:
+        _write_checkpoint(folder, model, state, tokenizer, card, adapter)
+    ranks().wait()
+
+
+def _write_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    card: Card,
+    adapter: AdapterConfig,
+) -> None:
+    """Write it; `state` are the weights, if the model does not hold them whole."""
     folder.mkdir(parents=True, exist_ok=True)
     growing = folder / ".growing"
     shutil.rmtree(growing, ignore_errors=True)
@@ -104,7 +122,7 @@ def save_checkpoint(
         elif adapter.rank:
             save_adapter(growing, model, adapter)
         else:
-            model.save_pretrained(growing)
+            model.save_pretrained(growing, state_dict=state)
         tokenizer.save_pretrained(growing)
     for path in growing.iterdir():
         os.replace(path, folder / path.name)
@@ -120,8 +138,10 @@ def remove_state(folder: Path) -> None:
 
 
 def snapshot_of(model: PreTrainedModel) -> Snapshot:
-    """A copy of what is trained, in the memory of the CPU."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in trainable_parameters(model)}
+    """A copy of what is trained, in the memory of the CPU; weights that are divided are put together by all
+    processes."""
+    with whole_weights(model):
+        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in trainable_parameters(model)}
 
 
 def save_state(
@@ -161,14 +181,17 @@ def restore(model: PreTrainedModel, snapshot: Snapshot) -> None:
     parameters = dict(trainable_parameters(model))
     with torch.no_grad():
         for name, value in snapshot.items():
-            parameters[name].copy_(value)
+            parameters[name].copy_(divided_like(parameters[name], value))
 
 
 # ---- states of any training ------------------------------------------------------------------------------------
 
 
 def write_state(folder: Path, tensors: Mapping[str, Snapshot], told: Mapping[str, Any]) -> None:
-    """Write tensors by file name, and last what is told beside them, with the files' digests; whole or not at all."""
+    """Write tensors by file name, and last what is told beside them, with the files' digests; whole or not at all. Of
+    several processes, the first writes."""
+    if not ranks().is_main:
+        return
     with atomic_folder(folder) as growing:
         for name, found in tensors.items():
             save_file(dict(found), growing / name)
@@ -223,7 +246,7 @@ def moments_of(optimizers: Sequence[torch.optim.Optimizer]) -> Snapshot:
     """Every moment under `optimizer.parameter.name`, as numbers where there are such."""
     states: list[dict[int, dict[str, torch.Tensor]]] = [optimizer.state_dict()["state"] for optimizer in optimizers]
     return {
-        f"{number}.{index}.{name}": value.contiguous()
+        f"{number}.{index}.{name}": whole(value).contiguous()
         for number, state in enumerate(states)
         for index, values in state.items()
         for name, value in values.items()
@@ -237,4 +260,9 @@ def restore_moments(optimizers: Sequence[torch.optim.Optimizer], known: Snapshot
         number, index, name = key.split(".")
         moments[int(number)].setdefault(int(index), {})[name] = value
     for optimizer, own in zip(optimizers, moments, strict=True):
+        parameters: list[torch.Tensor] = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
+        for place, values in own.items():
+            own[place] = {key: divided_like(parameters[place], value) for key, value in values.items()}
         optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -120,6 +120,9 @@ class DistillConfig:
     """Where to train; auto prefers CUDA, then MPS, then the CPU."""
     num_threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
+    is_divided: bool = False
+    """Divide weights, gradients and moments among the processes (FSDP), for models that are too large to train whole on
+    each GPU."""
     save_every: int = 200
     """Steps between the states from which a killed run resumes."""
     eval_every: int = 100
@@ -155,5 +158,8 @@ class DistillConfig:
             )
         if self.adapter.rank and self.model == "tiny":
             raise InputError("a model from scratch has no weights to keep; give --lora-rank with a pretrained --model")
+        if self.is_divided and (self.adapter.rank or self.optimizer == "muon"):
+            found = "an adapter, whose gradients are small" if self.adapter.rank else "muon, which needs whole matrices"
+            raise InputError(f"expected adamw and no adapter with divided weights, found {found}")
         if not self.modes:
             raise InputError("expected at least one mode to learn, explain or direct, found none")

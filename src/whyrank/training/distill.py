@@ -41,6 +41,7 @@ from whyrank.training.checkpoints import (
 )
 from whyrank.training.config import DistillConfig
 from whyrank.training.curves import draw_curves
+from whyrank.training.dividing import check_divisible, divide, whole_weights
 from whyrank.training.examples import Example, examples_of, is_teachable, search_query_examples, to_strand
 from whyrank.training.lora import add_adapter, trainable_parameters
 from whyrank.training.optimizers import optimizers_of
@@ -106,7 +107,8 @@ class _Run:
         """How the model ranks now, if it is time to look."""
         if self.dev is None or (step % self.config.eval_every and step < self.config.num_steps):
             return None
-        return ranks().from_main(partial(self._ranked, self.dev))
+        with whole_weights(self.model):
+            return ranks().from_main(partial(self._ranked, self.dev))
 
     def _ranked(self, dev: DevSet) -> DevValue:
         with precision_of(self.config, self.model.device):
@@ -149,6 +151,8 @@ def distill(
         UnsupportedModel: the model cannot be packed, or not rank the dev queries.
     """
     require("matplotlib", "train")
+    if config.is_divided:
+        check_divisible()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
@@ -189,8 +193,7 @@ def distill(
         card = replace(card, search_queries=PROMPT_VERSION if to_search else "")
         if ranks().is_main:
             draw_curves(out / CURVES_NAME, _curves(history))
-            save_checkpoint(out, model, tokenizer, card, config.adapter)
-        ranks().wait()
+        save_checkpoint(out, model, tokenizer, card, config.adapter)
     return replace(done, history=history, best_step=_best(history))
 
 
@@ -204,6 +207,8 @@ def _train(
 ) -> tuple[Step, ...]:
     """The loop; afterwards the model has the best weights."""
     model, config, is_main = run.model, run.config, ranks().is_main
+    if config.is_divided:
+        divide(model)
     optimizers = optimizers_of(model, config)
     known = load_state(out / "state", model, optimizers, identity)
     history = [Step(**step) for step in known[0].history] if known else []
@@ -228,7 +233,8 @@ def _train(
                 best = snapshot_of(model)
             if on_step:
                 on_step(history[-1])
-            if is_main and (number + 1) % config.save_every == 0 and number + 1 < config.num_steps:
+            is_saving = (number + 1) % config.save_every == 0 and number + 1 < config.num_steps
+            if is_saving and (is_main or config.is_divided):
                 state = TrainingState(identity, [asdict(step) for step in history])
                 save_state(out / "state", model, optimizers, state, best)
     if best is not None:

@@ -42,6 +42,7 @@ from whyrank.training.checkpoints import (
     snapshot_of,
 )
 from whyrank.training.curriculum import choose, hardness_of
+from whyrank.training.dividing import check_divisible, whole_weights
 from whyrank.training.drawing import Drawn, draw
 from whyrank.training.examples import Example
 from whyrank.training.lora import add_adapter
@@ -119,6 +120,8 @@ def refine(
     Raises:
         InputError: no pair has evidence, a text is missing, a reward is not one, or `out` holds something else.
     """
+    if config.is_divided:
+        check_divisible()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     _check(data)
@@ -187,7 +190,7 @@ class _Run:
                 if self.data.dev is None or (step.dev is not None and step.step == self._best()[0]):
                     self._keep_as_best()
                 alarm = find_alarm(self.history, self.config)
-                if is_main and step.step % self.config.save_every == 0:
+                if step.step % self.config.save_every == 0 and (is_main or self.config.is_divided):
                     self._save()
                 if on_step:
                     on_step(step)
@@ -205,15 +208,16 @@ class _Run:
             rng=Random(f"choose {seed}"),
         )
         texts = [(self.data.queries[q], [self.data.documents[d] for d in ids]) for q, ids in chosen]
-        drawn = draw(
-            self.generator,
-            self.template,
-            texts,
-            self.data.evidence,
-            num_samples=config.num_samples,
-            temperature=config.temperature,
-            seed=seed,
-        )
+        with whole_weights(self.learner.model):
+            drawn = draw(
+                self.generator,
+                self.template,
+                texts,
+                self.data.evidence,
+                num_samples=config.num_samples,
+                temperature=config.temperature,
+                seed=seed,
+            )
         usual = self.history[0].length if self.history else _mean_length(drawn)
         # By one process alone: an endpoint that judges would tell each of them something else.
         rewarded = ranks().from_main(
@@ -314,7 +318,8 @@ class _Run:
 
     def _ranked(self, dev: DevSet) -> float:
         ranked = partial(rank_dev, self.learner.model, self.generator.tokens, self.template, "explain", dev)
-        return ranks().from_main(ranked).ndcg
+        with whole_weights(self.learner.model):
+            return ranks().from_main(ranked).ndcg
 
     def _best(self) -> tuple[int, float | None]:
         """Round and nDCG@10 of the best ranking so far; the first of equals."""
@@ -324,10 +329,14 @@ class _Run:
         return max(ranked, key=lambda pair: pair[1])
 
     def _keep_as_best(self) -> None:
-        if self.data.dev is None or not ranks().is_main:
-            return  # without dev queries the last one will do, and it is at hand
-        with atomic_folder(self.out / "best") as growing:
-            save_file(dict(snapshot_of(self.learner.model)), growing / BEST_NAME)
+        if self.data.dev is None:
+            return  # the last one will do, and it is at hand
+        if ranks().is_main or self.config.is_divided:
+            best = dict(snapshot_of(self.learner.model))
+        if ranks().is_main:
+            with atomic_folder(self.out / "best") as growing:
+                save_file(best, growing / BEST_NAME)
+        ranks().wait()
 
     def _save(self) -> None:
         self.state.hardness = [(*ids, value) for ids, value in self.hardness.items()]
@@ -340,12 +349,11 @@ class _Run:
         provenance = {"config": json.loads(json.dumps(asdict(self.config))), "identity": self.identity, **outcome}
         labels = self.generator.tokens.label_tokens(self.template)
         card = Card(self.template, self.modes, labels, provenance)
+        if self.data.dev is not None:
+            restore(self.learner.model, load_file(self.out / "best" / BEST_NAME))
+        save_checkpoint(self.out, self.learner.model, self.tokenizer, card, self.config.adapter)
         if ranks().is_main:
-            if self.data.dev is not None:
-                restore(self.learner.model, load_file(self.out / "best" / BEST_NAME))
-            save_checkpoint(self.out, self.learner.model, self.tokenizer, card, self.config.adapter)
             remove_state(self.out / "best")
-        ranks().wait()
         num_pairs = len(self.data.evidence)
         return Refined(self.out, num_pairs, self.state.first_dev, best_dev, best_step, alarm, tuple(self.history))
 

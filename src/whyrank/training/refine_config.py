@@ -137,6 +137,9 @@ class RefineConfig:
     """Where to train; auto prefers CUDA, then MPS, then the CPU."""
     num_threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
+    is_divided: bool = False
+    """Divide weights, gradients and moments among the processes (FSDP), for models that are too large to train whole on
+    each GPU."""
     batch_size: int = 64
     """Answers that are written at once."""
     save_every: int = 10
@@ -178,6 +181,8 @@ class RefineConfig:
         for name in ("discount", "trace", "clip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"expected {name} from 0 to 1, found {getattr(self, name)}")
+        if self.is_divided and self.adapter.rank:
+            raise InputError("expected no adapter with divided weights, found one; its gradients are small")
         if not self.rewards:
             raise InputError("expected at least one reward, found none")
         if self.algorithm == "grpo" and self.num_samples < 2:

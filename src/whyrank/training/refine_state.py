@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from whyrank.training.checkpoints import find_state, moments_of, restore_moments, write_state
+from whyrank.training.dividing import divided_like, whole
 
 __all__ = ["RefineState", "load_refine_state", "save_refine_state"]
 
@@ -39,7 +40,7 @@ def save_refine_state(
 ) -> None:
     """Write the trainable tensors of all networks, the optimizer's moments, and last what makes the state complete."""
     trained = {
-        f"{name}.safetensors": {key: tensor.contiguous() for key, tensor in _trained(network).items()}
+        f"{name}.safetensors": {key: whole(tensor).contiguous() for key, tensor in _trained(network).items()}
         for name, network in networks.items()
     }
     write_state(folder, {**trained, OPTIMIZER_NAME: moments_of([optimizer])}, asdict(state))
@@ -62,7 +63,7 @@ def load_refine_state(
         for name, network in networks.items():
             tensors = _trained(network)
             for key, value in load_file(place / f"{name}.safetensors").items():
-                tensors[key].copy_(value)
+                tensors[key].copy_(divided_like(tensors[key], value))
     restore_moments([optimizer], load_file(place / OPTIMIZER_NAME))
     return RefineState(**told)
 

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from whyrank.training.config import DistillConfig
+from whyrank.training.dividing import clip_gradients, num_idle_passes
 from whyrank.training.packing import Strand, continuation_log_probs, pack
 from whyrank.training.ranks import ranks
 
@@ -52,30 +53,38 @@ def update(
     together = ranks()
     total = sum(sum(strand.weights) for strand in strands)
     loss, num_tokens = 0.0, 0
-    for part in _passes(together.share(strands), config.max_pass_tokens):
-        with precision_of(config, model.device):
-            if config.is_packed:
-                batch = pack(part, model.device)
-                log_probs, num_read = continuation_log_probs(model, batch), batch.num_tokens
-            else:
-                log_probs, num_read = separate_log_probs(model, part, pad_id), sum(len(s.ids) for s in part)
+    parts = list(_passes(together.share(strands), config.max_pass_tokens))
+    num_idle = num_idle_passes(model, len(parts))
+    for part in parts:
+        log_probs, num_read = _read(model, part, config, pad_id)
         weights = torch.tensor([w for strand in part for w in strand.weights if w], device=log_probs.device)
         share = -(weights * log_probs).sum() / total
         share.backward()
         loss += share.item()
         num_tokens += num_read
+    for _ in range(num_idle):
+        (0.0 * _read(model, strands[:1], config, pad_id)[0].sum()).backward()
     trained = [
         parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
     ]
     together.sum_gradients(trained)
     loss, num_read_by_all = together.sums(loss, num_tokens)
-    norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+    norm = clip_gradients(trained, config.max_grad_norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return Update(loss, norm.item(), int(num_read_by_all))
+    return Update(loss, norm, int(num_read_by_all))
+
+
+def _read(model: PreTrainedModel, part: Sequence[Strand], config: DistillConfig, pad_id: int) -> tuple[Tensor, int]:
+    """Log-probabilities of the scored tokens, and how many tokens the model read for them."""
+    with precision_of(config, model.device):
+        if config.is_packed:
+            batch = pack(part, model.device)
+            return continuation_log_probs(model, batch), batch.num_tokens
+        return separate_log_probs(model, part, pad_id), sum(len(strand.ids) for strand in part)
 
 
 def separate_log_probs(model: PreTrainedModel, strands: Sequence[Strand], pad_id: int = 0) -> Tensor:
@@ -139,4 +148,5 @@ def _passes(strands: Sequence[Strand], max_tokens: int) -> Iterator[Sequence[Str
             yield part
             part = []
         part.append(strand)
-    yield part
+    if part:
+        yield part

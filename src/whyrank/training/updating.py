@@ -11,11 +11,11 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from whyrank.training import ppo_math
+from whyrank.training.dividing import clip_gradients, divide, num_idle_passes
 from whyrank.training.examples import Example, to_strand
 from whyrank.training.lora import has_adapter, without_adapter
 from whyrank.training.packing import continuation_log_probs, pack
@@ -72,6 +72,9 @@ class Learner:
         self.model = model
         self.config = config
         self._frozen = None if has_adapter(model) else copy.deepcopy(model).requires_grad_(False)
+        if config.is_divided:
+            for network in filter(None, (model, self._frozen)):
+                divide(network)
         hidden: int = model.config.get_text_config(decoder=True).hidden_size
         self.head = ValueHead(hidden).to(model.device)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -172,7 +175,9 @@ class Learner:
         policy = value = moved = clipped = 0.0
         together, seen = ranks(), []
         own = [pair * samples + number for pair in together.share(pairs) for number in range(samples)]
-        for start in range(0, len(own), config.microbatch_size * samples):
+        starts = range(0, len(own), config.microbatch_size * samples)
+        num_idle = num_idle_passes(self.model, len(starts))
+        for start in starts:
             rows = own[start : start + config.microbatch_size * samples]
             mask = lesson.mask[rows]
             width = int(mask.sum(dim=1).max())
@@ -190,6 +195,7 @@ class Learner:
                 moved += share * float(ppo_math.masked_mean(distance, part.mask))
                 shares = ppo_math.clip_share(new.log_probs, old.log_probs, part.mask, clip=config.clip)
                 clipped += share * float(shares)
+        self._idle(lesson, num_idle, has_gradient=not is_value_only)
         replayed = 0.0
         examples = [] if is_value_only else replay()
         if examples:
@@ -199,10 +205,18 @@ class Learner:
             replayed = float(loss.detach())
         together.sum_gradients([*self.parameters, *self.head.parameters()])
         policy, value, clipped, replayed, moved = together.sums(policy, value, clipped, replayed, moved)
-        norm = float(clip_grad_norm_(self.parameters, config.max_grad_norm))
-        clip_grad_norm_(self.head.parameters(), config.max_grad_norm)
+        norm = clip_gradients(self.parameters, config.max_grad_norm)
+        clip_gradients(list(self.head.parameters()), config.max_grad_norm)
         before = self._together(seen, lesson.mask.shape[1]) if lesson.old is None else lesson.old
         return Updated(before, policy, value, replayed, clipped, norm, moved, 1)
+
+    def _idle(self, lesson: Lesson, num_passes: int, *, has_gradient: bool) -> None:
+        """Passes for nothing, where another process has more to do."""
+        for _ in range(num_passes):
+            with self._precision():
+                scores = score(self.model, None, lesson.episodes[: self.config.num_samples], self.config.temperature)
+            if has_gradient:
+                (0.0 * scores.log_probs.sum()).backward()
 
     def _losses(
         self, new: Scores, old: Scores, part: Lesson, coefficient: float, num_actions: int
@@ -232,11 +246,12 @@ class Learner:
         size = self.config.microbatch_size * samples
         pairs = ranks().share(range(len(episodes) // samples))
         own = episodes[pairs[0] * samples : (pairs[-1] + 1) * samples] if pairs else ()
+        starts = range(0, len(own), size)
+        num_idle = num_idle_passes(model, len(starts))
         with self._precision():
-            parts = [
-                score(model, head, own[start : start + size], self.config.temperature)
-                for start in range(0, len(own), size)
-            ]
+            parts = [score(model, head, own[start : start + size], self.config.temperature) for start in starts]
+            for _ in range(num_idle):
+                score(model, head, episodes[:samples], self.config.temperature)
         return self._together(parts, action_mask(episodes).shape[1])
 
     def _together(self, parts: Sequence[Scores], width: int) -> Scores:
@@ -278,12 +293,13 @@ class Learner:
 
 def example_loss(model: PreTrainedModel, examples: Sequence[Example], together: Ranks = ALONE) -> Tensor:
     """Mean negative log-likelihood of distilled answers in nats per token, as in distillation; of several processes,
-    the part that this one adds to it."""
-    own = together.share([to_strand(found) for found in examples])
-    if not own:
-        return torch.zeros((), device=model.device, requires_grad=True)
+    the part that this one adds to it. One that has no part reads an example for nothing: divided weights come together
+    in all processes or in none."""
+    strands = [to_strand(found) for found in examples]
+    own = together.share(strands)
     num_scored = sum(len(found.ids) - found.num_prompt for found in examples)
-    return -continuation_log_probs(model, pack(own, model.device)).sum() / num_scored
+    loss = -continuation_log_probs(model, pack(own or strands[:1], model.device)).sum() / num_scored
+    return loss if own else 0.0 * loss
 
 
 def _rows(lesson: Lesson, rows: Sequence[int], width: int) -> Lesson:
