@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -32,7 +31,7 @@ from refining_table import (
     TEMPLATE,
     PairIds,
     World,
-    _matrix,
+    matrix,
     refined,
 )
 
@@ -45,7 +44,7 @@ from whyrank.judging import Judge, JudgingCounts, judge_into
 from whyrank.records import Document, Judgment, Query
 from whyrank.rerank import Reranker
 from whyrank.store import read_json
-from whyrank.training.config import DistillConfig, TinyConfig
+from whyrank.training.config import TinyConfig
 from whyrank.training.distill import distill
 from whyrank.training.evidence import gather_evidence
 from whyrank.training.rollouts import Evidence
@@ -63,8 +62,7 @@ STUDENT = replace(
     num_steps=1500,
     tiny=TinyConfig(vocab_size=1024, hidden_size=64, num_layers=4, num_heads=4, intermediate_size=192),
 )
-ALONE = replace(STUDENT, num_steps=1500)
-# Fewer answers in larger steps (`REFINE` itself) gained nothing here: docs/log.md, 2026-11-24.
+# `REFINE` itself, three times this rate and half as many answers per step, gained nothing: docs/log.md, 2026-11-24.
 GENTLY = replace(REFINE, learning_rate=1e-4, num_steps=200, num_queries=8, minibatch_size=16)
 SYSTEMS = ("teacher", "distilled", "ppo", "alone")
 
@@ -114,7 +112,7 @@ def settings(system: str) -> dict[str, Any]:
         "teacher": asdict(TEACHER),
     }
     if system != "teacher":
-        found["student"] = asdict(ALONE if system == "alone" else STUDENT)
+        found["student"] = asdict(STUDENT)
     if system == "ppo":
         found["refine"] = asdict(GENTLY)
     return found
@@ -123,14 +121,13 @@ def settings(system: str) -> dict[str, Any]:
 def run_row(system: str, seed: int, work: Path) -> dict[str, Any]:
     """Train and measure one row; those before it have been."""
     world, test = TaughtWorld(seed, work), build("test", NUM_TEST_QUERIES, seed=1, domains=DOMAINS)
-    out, start = work / f"{system}-{seed}", time.perf_counter()
+    out = work / f"{system}-{seed}"
     if system == "ppo":
         more = refined(world, work / f"distilled-{seed}", out, replace(GENTLY, seed=seed))
         seconds = more.pop("training_seconds")
     else:
-        config: DistillConfig = {"teacher": TEACHER, "alone": ALONE, "distilled": STUDENT}[system]
+        config = TEACHER if system == "teacher" else STUDENT
         lessons = world.taught if system == "distilled" else world.gold
-        lesson_seconds = time.perf_counter() - start
         done = distill(
             lessons, world.queries, world.documents, TEMPLATE, out, replace(config, seed=seed), dev=world.dev
         )
@@ -139,7 +136,7 @@ def run_row(system: str, seed: int, work: Path) -> dict[str, Any]:
         seconds = done.history[-1].seconds
         if system == "distilled":
             right = [float(j.label == str(world.train.labels[j.query_id, j.doc_id])) for j in lessons]
-            more |= {"label_accuracy_of_lessons": fmean(right), "lesson_seconds": round(lesson_seconds, 1)}
+            more["label_accuracy_of_lessons"] = fmean(right)
     more["seconds"] = round(seconds, 1)  # of all sittings, if it was killed in between
     generator = loaded(out)
     row = student_row(test, Reranker.of(TEMPLATE, generator), system, work / f"{system}-{seed}-test")
@@ -160,13 +157,13 @@ def summary() -> list[dict[str, Any]]:
         if not runs:
             continue
         row: dict[str, Any] = {"system": system, "seeds": [run[MEASURE] for run in runs.values()]}
-        row |= {MEASURE: fmean(row["seeds"]), "interval": bootstrap_interval(_matrix(list(runs.values())))}
+        row |= {MEASURE: fmean(row["seeds"]), "interval": bootstrap_interval(matrix(list(runs.values())))}
         for key in ("num_parameters", "label_accuracy", "tokens_per_document", "documents_per_second", "seconds"):
             row[key] = fmean(run[key] for run in runs.values())
         for over in ("teacher", "distilled"):
             others = {seed: RESULTS / "larger-teacher" / f"{over}-{seed}.json" for seed in runs}
             if system not in ("teacher", over) and all(path.is_file() for path in others.values()):
-                gains = _matrix(list(runs.values())) - _matrix([read_json(path) for path in others.values()])
+                gains = matrix(list(runs.values())) - matrix([read_json(path) for path in others.values()])
                 row[f"over_{over}"] = {MEASURE: float(gains.mean()), "interval": bootstrap_interval(gains)}
         rows.append(row)
     return rows

@@ -313,7 +313,7 @@ def summary() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     rows, gains = [], []
     for (level, system), runs in found.items():
         row: dict[str, Any] = {"teacher_noise": level, "system": system, "seeds": [run[MEASURE] for run in runs]}
-        row |= {MEASURE: fmean(row["seeds"]), "interval": bootstrap_interval(_matrix(runs))}
+        row |= {MEASURE: fmean(row["seeds"]), "interval": bootstrap_interval(matrix(runs))}
         for key in ("label_accuracy", "tokens_per_document", "seconds"):
             row[key] = fmean(run[key] for run in runs) if all(key in run for run in runs) else None
         rows.append(row)
@@ -321,13 +321,13 @@ def summary() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             others = {run["seed"]: run for run in found.get((level, over), [])}
             paired = [(run, others[run["seed"]]) for run in runs if run["seed"] in others]
             if paired and system not in ("teacher", over):
-                differences = _matrix([run for run, _ in paired]) - _matrix([other for _, other in paired])
+                differences = matrix([run for run, _ in paired]) - matrix([other for _, other in paired])
                 gain = {MEASURE: float(differences.mean()), "interval": bootstrap_interval(differences)}
                 gains.append({"teacher_noise": level, "system": system, "over": over, "runs": len(paired), **gain})
     return rows, gains
 
 
-def _matrix(runs: Sequence[Mapping[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def matrix(runs: Sequence[Mapping[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Figures as `(runs, queries)`."""
     return np.array([[run["per_query"][query_id] for query_id in sorted(runs[0]["per_query"])] for run in runs])
 
