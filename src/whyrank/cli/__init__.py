@@ -58,7 +58,9 @@ def main() -> None:
     """Run a command; errors that whyrank raises on purpose become one line on stderr and exit code 1."""
     warnings_only = logging.StreamHandler()
     warnings_only.setLevel(logging.WARNING)  # some libraries set their own loggers to DEBUG
-    warnings_only.addFilter(lambda record: not record.name.startswith("huggingface_hub"))  # prints its own
+    # The one prints its own; the other advises to fetch compiled code from the hub whenever peft looks for it.
+    silenced = ("huggingface_hub", "bitsandbytes.backends.cpu")
+    warnings_only.addFilter(lambda record: not record.name.startswith(silenced))
     logging.basicConfig(format="whyrank: %(message)s", level=logging.WARNING, handlers=[warnings_only])
     try:
         app()
