@@ -166,11 +166,21 @@ def test_a_round_ends_when_it_has_moved_enough(student: Path, tmp_path: Path) ->
 
 
 def test_microbatches_change_nothing(student: Path, tmp_path: Path) -> None:
-    """One forward pass for four pairs, or four for one each: the same weights."""
+    """One forward pass for four pairs, or four for one each, and for four replayed judgments: the same weights."""
+    from whyrank.generators.hf.chat import ChatTokens
+    from whyrank.generators.hf.load import load_tokenizer
+
+    replay = list(examples_of(judgments(), QUERIES, DOCUMENTS, SHORT, ChatTokens(load_tokenizer(student))))
+    data, losses = replace(DATA, replay=replay), []
     folders = []
     for size in (4, 1):
         options: dict[str, Any] = {"num_steps": 3, "minibatch_size": 4, "microbatch_size": size, "temperature": 1.5}
-        folders.append(run(student, tmp_path / f"{size}", **options).checkpoint)
+        options |= {"replay_weight": 2.0, "replay_size": 4}
+        done = run(student, tmp_path / f"{size}", data=data, **options)
+        folders.append(done.checkpoint)
+        losses.append([step.replay_loss for step in done.history])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0][-1] > 0
     assert largest_difference(*folders) < 2e-5
     assert largest_difference(folders[0], student) > 1e-3
 

@@ -80,7 +80,7 @@ class RefineConfig:
     minibatch_size: int = 16
     """Documents, with all their answers, per optimizer step."""
     microbatch_size: int = 16
-    """Documents per forward pass; smaller needs less memory and changes nothing else."""
+    """Documents, or replayed judgments, per forward pass; smaller needs less memory and changes nothing else."""
     learning_rate: float = 2e-4
     """Peak learning rate of the network. 2e-4 suits tiny models, 1e-6 pretrained ones."""
     num_warmup_steps: int = 3

@@ -19,7 +19,7 @@ from whyrank.training.dividing import clip_gradients, divide, num_idle_passes
 from whyrank.training.examples import Example, to_strand
 from whyrank.training.lora import has_adapter, without_adapter
 from whyrank.training.packing import continuation_log_probs, pack
-from whyrank.training.ranks import ALONE, Ranks, ranks
+from whyrank.training.ranks import ranks
 from whyrank.training.refine_config import RefineConfig
 from whyrank.training.scoring import Episode, Scores, ValueHead, action_mask, score
 
@@ -196,13 +196,7 @@ class Learner:
                 shares = ppo_math.clip_share(new.log_probs, old.log_probs, part.mask, clip=config.clip)
                 clipped += share * float(shares)
         self._idle(lesson, num_idle, has_gradient=not is_value_only)
-        replayed = 0.0
-        examples = [] if is_value_only else replay()
-        if examples:
-            with self._precision():
-                loss = example_loss(self.model, examples, together)
-            (config.replay_weight * loss).backward()
-            replayed = float(loss.detach())
+        replayed = self._replay([] if is_value_only else replay())
         together.sum_gradients([*self.parameters, *self.head.parameters()])
         policy, value, clipped, replayed, moved = together.sums(policy, value, clipped, replayed, moved)
         norm = clip_gradients(self.parameters, config.max_grad_norm)
@@ -217,6 +211,23 @@ class Learner:
                 scores = score(self.model, None, lesson.episodes[: self.config.num_samples], self.config.temperature)
             if has_gradient:
                 (0.0 * scores.log_probs.sum()).backward()
+
+    def _replay(self, examples: Sequence[Example]) -> float:
+        """Add the gradient of the distillation loss on examples, a microbatch at a time; returns what this process's
+        share adds to the loss."""
+        size, loss = self.config.microbatch_size, 0.0
+        if not examples:
+            return loss
+        own = ranks().share(examples)
+        num_answer_tokens = sum(len(found.ids) - found.num_prompt for found in examples)
+        parts = [own[start : start + size] for start in range(0, len(own), size)]
+        idle = [examples[:1]] * num_idle_passes(self.model, len(parts))
+        for part, weight in (*((part, self.config.replay_weight) for part in parts), *((part, 0.0) for part in idle)):
+            with self._precision():
+                found = example_loss(self.model, part, num_answer_tokens)
+            (weight * found).backward()
+            loss += float(found.detach()) if weight else 0.0
+        return loss
 
     def _losses(
         self, new: Scores, old: Scores, part: Lesson, coefficient: float, num_actions: int
@@ -291,15 +302,11 @@ class Learner:
             yield
 
 
-def example_loss(model: PreTrainedModel, examples: Sequence[Example], together: Ranks = ALONE) -> Tensor:
-    """Mean negative log-likelihood of distilled answers in nats per token, as in distillation; of several processes,
-    the part that this one adds to it. One that has no part reads an example for nothing: divided weights come together
-    in all processes or in none."""
+def example_loss(model: PreTrainedModel, examples: Sequence[Example], num_answer_tokens: int) -> Tensor:
+    """Negative log-likelihood of distilled answers in nats, divided by the number of tokens of all answers that count
+    together: what these examples add to the mean."""
     strands = [to_strand(found) for found in examples]
-    own = together.share(strands)
-    num_scored = sum(len(found.ids) - found.num_prompt for found in examples)
-    loss = -continuation_log_probs(model, pack(own or strands[:1], model.device)).sum() / num_scored
-    return loss if own else 0.0 * loss
+    return -continuation_log_probs(model, pack(strands, model.device)).sum() / num_answer_tokens
 
 
 def _rows(lesson: Lesson, rows: Sequence[int], width: int) -> Lesson:
