@@ -207,7 +207,7 @@ def training(what: str, body: str) -> str:
 
 def speed(what: str, body: str) -> str:
     """Speed against plain `generate`, for every workload, dtype and system."""
-    recorded = _recorded("rerank-speed.json")
+    recorded = _recorded(f"{what}.json")
     rows = [
         (
             *(row["workload"], row["model"], row["dtype"], row["system"], f"{row['documents_per_second']:.2f}"),
