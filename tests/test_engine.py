@@ -227,6 +227,24 @@ def test_a_finished_answer_makes_room_at_once(generator: HfGenerator) -> None:
     assert len(sizes) == num_alone
 
 
+@pytest.mark.parametrize(("num_requests", "num_slots"), [(1, 1), (3, 3), (40, 32)])
+def test_slots_are_no_more_than_answers(
+    num_requests: int, num_slots: int, generator: HfGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool takes all its memory at its first write: few answers must not pay for many."""
+    made: list[int] = []
+
+    class Noted(Pool):
+        def __init__(self, num_slots: int, capacity: int) -> None:
+            made.append(num_slots)
+            super().__init__(num_slots, capacity)
+
+    monkeypatch.setattr("whyrank.generators.hf.engine.Pool", Noted)
+    found = answers(replace(generator, batch_size=32), requests_about(generator, num_requests))
+    assert len(found) == num_requests
+    assert max(made) == num_slots
+
+
 def test_nothing_is_left_behind(generator: HfGenerator) -> None:
     """The model is as it was: a plain forward works, and gives what it gave before."""
     ids = torch.tensor([[5, 6, 7]])

@@ -124,7 +124,7 @@ def requests(num):
     for number in range(num):
         text = "quick brown document helps " * (20 + number % 40)
         yield template.render("why", text, generator.tokens, sampling=Sampling(max_tokens=3)).request
-list(generator.generate(requests(1)))  # what libraries take for themselves, once
+list(generator.generate(requests(16)))  # what libraries take for themselves once passes are large
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
 before = status("VmRSS")
 list(generator.generate(requests(96)))

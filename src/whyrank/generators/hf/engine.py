@@ -196,17 +196,18 @@ class Engine:
         return fills
 
     def _make_pool(self, waiting: Sequence[Answer]) -> Pool:
-        """One that holds every answer that waits, with as many slots as there is memory for."""
+        """One that holds every answer that waits, with as many slots as there are answers and memory for."""
         capacity = math.ceil(max(found.num_needed for found in waiting) / CAPACITY_STEP) * CAPACITY_STEP
+        most = min(self._num_slots, len(waiting))
         if self._memory is None:
-            return Pool(self._num_slots, capacity)
+            return Pool(most, capacity)
         self._num_shareable = 2 * max(self._num_shared(found) for found in waiting)
         num_slots = Footprint.of(self._model).num_slots(
             self._memory,
             capacity=capacity,
             num_shared=self._num_shareable // 2,
             num_pass_tokens=self._max_pass_tokens + capacity,
-            most=self._num_slots,
+            most=most,
         )
         return Pool(num_slots, capacity)
 
