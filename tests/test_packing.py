@@ -26,6 +26,8 @@ from transformers import (
 
 from whyrank.errors import InputError, UnsupportedModel
 from whyrank.training.packing import PackedBatch, Strand, continuation_log_probs, pack, predict
+from whyrank.training.recomputing import recompute_layers
+from whyrank.training.steps import separate_log_probs as padded_log_probs
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -232,3 +234,66 @@ def test_what_cannot_be_scored_is_refused() -> None:
         Strand((1, 2), (0.0, 1.0), (2, 1))
     with pytest.raises(InputError, match="strands with scored tokens, found none"):
         pack([Strand((1, 2), (0.0, 0.0))])
+
+
+# ---- layers that are computed again ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("name", MODELS)
+def test_computing_layers_again_changes_no_gradient(name: str, is_packed: bool) -> None:
+    """In training mode, so that what dropout leaves out (GPT-2 has it) is left out again."""
+    model, strands = model_of(name).train(), strands_of()
+    batch, usual = pack(strands), model.config._attn_implementation
+
+    def read() -> torch.Tensor:
+        torch.manual_seed(1)
+        return continuation_log_probs(model, batch) if is_packed else padded_log_probs(model, strands)
+
+    expected = read()
+    expected_gradients = gradients(model, weighted_mean(batch, expected))
+    recompute_layers(model)
+    found = read()
+    assert torch.equal(found, expected)
+    found_gradients = gradients(model, weighted_mean(batch, found))
+    assert set(found_gradients) == set(expected_gradients)
+    for parameter, gradient in expected_gradients.items():
+        torch.testing.assert_close(found_gradients[parameter], gradient, rtol=1e-5, atol=1e-7, msg=parameter)
+    assert model.config._attn_implementation == usual
+
+
+def num_kept(model: PreTrainedModel, batch: PackedBatch) -> int:
+    """Numbers that stay in memory for the backward pass, weights aside."""
+    kept: dict[int, int] = {}
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = continuation_log_probs(model, batch).sum()
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+def test_of_a_layer_that_is_computed_again_only_its_input_is_kept() -> None:
+    """Two more layers keep two more rows of hidden states, where they kept twenty times as much."""
+    batch, sizes = pack(strands_of()), {}
+    for num_layers in (2, 4):
+        for is_again in (False, True):
+            model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": num_layers}))
+            if is_again:
+                recompute_layers(model)
+            sizes[num_layers, is_again] = num_kept(model, batch)
+    states = batch.num_tokens * SHAPE["hidden_size"]
+    assert sizes[4, True] - sizes[2, True] == 2 * states
+    assert sizes[4, False] - sizes[2, False] > 2 * 20 * states
+
+
+def test_a_model_whose_layers_cannot_be_computed_again_is_refused() -> None:
+    model = model_of("llama")
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(UnsupportedModel, match="leave --recompute out"):
+        recompute_layers(model)

@@ -246,7 +246,7 @@ def test_what_cannot_be_divided_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dividing", [(), ("--divide",)], ids=["whole", "divided"])
+@pytest.mark.parametrize("dividing", [(), ("--divide", "--recompute")], ids=["whole", "divided"])
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rwl"])
 def test_two_processes_refine_as_one(
     algorithm: str, dividing: tuple[str, ...], almanac: Path, student: Path, tmp_path: Path

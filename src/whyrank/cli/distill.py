@@ -98,6 +98,7 @@ def distill(
     ] = DISTILL.precision,
     device: Annotated[DeviceName, setting(DistillConfig, "device")] = DISTILL.device,
     num_threads: Annotated[int, setting(DistillConfig, "num_threads")] = DISTILL.num_threads,
+    is_recomputed: Annotated[bool, setting(DistillConfig, "is_recomputed", "--recompute")] = DISTILL.is_recomputed,
     is_divided: Annotated[bool, setting(DistillConfig, "is_divided", "--divide")] = DISTILL.is_divided,
     save_every: Annotated[int, setting(DistillConfig, "save_every")] = DISTILL.save_every,
     lora_rank: Annotated[int, setting(AdapterConfig, "rank")] = ADAPTER.rank,

@@ -111,6 +111,7 @@ def refine(
     qrels_trust: Annotated[float, setting(EvidenceConfig, "qrels_trust")] = EVIDENCE.qrels_trust,
     device: Annotated[DeviceName, setting(RefineConfig, "device")] = CONFIG.device,
     num_threads: Annotated[int, setting(RefineConfig, "num_threads")] = CONFIG.num_threads,
+    is_recomputed: Annotated[bool, setting(RefineConfig, "is_recomputed", "--recompute")] = CONFIG.is_recomputed,
     is_divided: Annotated[bool, setting(RefineConfig, "is_divided", "--divide")] = CONFIG.is_divided,
     batch_size: Annotated[int, setting(RefineConfig, "batch_size")] = CONFIG.batch_size,
     save_every: Annotated[int, setting(RefineConfig, "save_every")] = CONFIG.save_every,

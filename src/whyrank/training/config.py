@@ -120,6 +120,9 @@ class DistillConfig:
     """Where to train; auto prefers CUDA, then MPS, then the CPU."""
     num_threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
+    is_recomputed: bool = False
+    """Keep what goes into each layer only, and compute the rest again for gradients: much less memory, about a third
+    more work."""
     is_divided: bool = False
     """Divide weights, gradients and moments among the processes (FSDP), for models that are too large to train whole on
     each GPU."""

@@ -46,6 +46,7 @@ from whyrank.training.examples import Example, examples_of, is_teachable, search
 from whyrank.training.lora import add_adapter, trainable_parameters
 from whyrank.training.optimizers import optimizers_of
 from whyrank.training.ranks import ranks
+from whyrank.training.recomputing import recompute_layers
 from whyrank.training.sampling import batches, frequencies, with_share
 from whyrank.training.steps import Update, is_bfloat16, learning_rate_at, precision_of, update
 from whyrank.training.tiny import tiny_model, tiny_tokenizer
@@ -207,6 +208,8 @@ def _train(
 ) -> tuple[Step, ...]:
     """The loop; afterwards the model has the best weights."""
     model, config, is_main = run.model, run.config, ranks().is_main
+    if config.is_recomputed:
+        recompute_layers(model)
     if config.is_divided:
         divide(model)
     optimizers = optimizers_of(model, config)

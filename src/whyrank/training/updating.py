@@ -20,6 +20,7 @@ from whyrank.training.examples import Example, to_strand
 from whyrank.training.lora import has_adapter, without_adapter
 from whyrank.training.packing import continuation_log_probs, pack
 from whyrank.training.ranks import ranks
+from whyrank.training.recomputing import recompute_layers
 from whyrank.training.refine_config import RefineConfig
 from whyrank.training.scoring import Episode, Scores, ValueHead, action_mask, score
 
@@ -72,6 +73,8 @@ class Learner:
         self.model = model
         self.config = config
         self._frozen = None if has_adapter(model) else copy.deepcopy(model).requires_grad_(False)
+        if config.is_recomputed:
+            recompute_layers(model)
         if config.is_divided:
             for network in filter(None, (model, self._frozen)):
                 divide(network)
