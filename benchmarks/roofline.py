@@ -75,6 +75,11 @@ class Shape:
         return attention + self.mlp_matrices * self.hidden_size * self.intermediate_size
 
     @property
+    def key_value_weights(self) -> int:
+        """Those of them that make keys and values."""
+        return 2 * self.hidden_size * self.head_dim * self.num_kv_heads
+
+    @property
     def head_weights(self) -> int:
         """Weights of the matrix that turns a hidden state into logits, shared with the embeddings or not."""
         return self.hidden_size * self.vocab_size
@@ -130,7 +135,15 @@ def causal_pairs(num_cached: int, num_new: int) -> int:
 
 
 def forward_work(
-    shape: Shape, precision: Precision, *, num_tokens: int, num_pairs: int, num_logits: int, num_read: int = 0
+    shape: Shape,
+    precision: Precision,
+    *,
+    num_tokens: int,
+    num_pairs: int,
+    num_logits: int,
+    num_asking: int | None = None,
+    num_asking_pairs: int | None = None,
+    num_read: int = 0,
 ) -> Work:
     """One forward pass.
 
@@ -138,14 +151,21 @@ def forward_work(
         num_tokens: tokens that pass through the layers, over all sequences.
         num_pairs: pairs of a token and one that it attends to, over all sequences (`causal_pairs`).
         num_logits: positions whose logits are computed.
+        num_asking: tokens of which the last layer computes more than keys and values; all unless given.
+        num_asking_pairs: their pairs.
         num_read: cached tokens whose keys and values are read from memory.
 
     Every matrix is read once, keys and values of new tokens are written once, and activations stay in the processor's
     caches.
     """
-    products = 2 * (num_tokens * shape.num_layers * shape.layer_weights + num_logits * shape.head_weights)
+    num_asking = num_tokens if num_asking is None else num_asking
+    num_asking_pairs = num_pairs if num_asking_pairs is None else num_asking_pairs
+    before = shape.num_layers - 1
+    passed = num_tokens * (before * shape.layer_weights + shape.key_value_weights)
+    asked = num_asking * (shape.layer_weights - shape.key_value_weights)
+    products = 2 * (passed + asked + num_logits * shape.head_weights)
     # Per pair, head and dimension: one multiply-add for the score and one for the weighted sum of values.
-    attention = 4 * num_pairs * shape.num_layers * shape.num_heads * shape.head_dim
+    attention = 4 * (before * num_pairs + num_asking_pairs) * shape.num_heads * shape.head_dim
     weights = shape.num_layers * shape.layer_weights + (shape.head_weights if num_logits else 0)
     cached = (num_tokens + num_read) * shape.cached_values
     return Work(products + attention, weights * precision.weight + cached * precision.value)
@@ -155,7 +175,9 @@ def ideal_work(shape: Shape, precision: Precision, job: Job) -> list[Work]:
     """The least work of each phase: of the prefill, then (where something is generated) of decoding and the label.
 
     All documents go through together. The prefix is computed once for all of them; its keys and values are read once
-    per step. Without an explanation the label prompt goes through with the documents.
+    per step. Without an explanation the label prompt goes through with the documents. The last layer computes keys and
+    values of all tokens, the rest only where logits are wanted: after each prompt, after what is generated, after the
+    label prompt and at the inner nodes of the labels.
     """
     num = len(job.documents)
     label_places = [*range(1, job.label_prompt + 1), *(job.label_prompt + depth for depth in job.label_depths)]
@@ -168,11 +190,29 @@ def ideal_work(shape: Shape, precision: Precision, job: Job) -> list[Work]:
         """Pairs of tokens that stand so many places after their document; they attend to all before and themselves."""
         return sum(context + place for place in places for context in contexts)
 
+    def asking(before_labels: int) -> dict[str, int]:
+        """The last token of the label prompt, which so many tokens stand before, and the inner nodes."""
+        places = [job.label_prompt, *(job.label_prompt + depth for depth in job.label_depths)]
+        return {
+            "num_asking": num * len(places),
+            "num_asking_pairs": appended(before_labels + place for place in places),
+        }
+
     if not job.generated:
         tokens = prompts + num * len(label_places)
         pairs += appended(label_places)
-        return [forward_work(shape, precision, num_tokens=tokens, num_pairs=pairs, num_logits=num_label_logits)]
-    prefill = forward_work(shape, precision, num_tokens=prompts, num_pairs=pairs, num_logits=num)
+        return [
+            forward_work(shape, precision, num_tokens=tokens, num_pairs=pairs, num_logits=num_label_logits, **asking(0))
+        ]
+    prefill = forward_work(
+        shape,
+        precision,
+        num_tokens=prompts,
+        num_pairs=pairs,
+        num_logits=num,
+        num_asking=num,
+        num_asking_pairs=appended([0]),
+    )
     decode = Work()
     # The prefill yields the first token; the last one is fed together with the label prompt.
     for step in range(1, job.generated):
@@ -192,6 +232,7 @@ def ideal_work(shape: Shape, precision: Precision, job: Job) -> list[Work]:
         num_pairs=appended(last),
         num_logits=num_label_logits,
         num_read=prompts + num * (job.generated - 1),
+        **asking(job.generated),
     )
     return [prefill, decode + label]
 

@@ -74,6 +74,14 @@ def test_a_small_forward_is_counted_by_hand() -> None:
     assert work.num_bytes == 4 * 260 + 4 * 8 * 13
 
 
+def test_the_last_layer_works_for_those_that_ask() -> None:
+    work = forward_work(
+        SMALL, BYTES["float32"], num_tokens=3, num_pairs=6, num_logits=1, num_asking=1, num_asking_pairs=3
+    )
+    # Two tokens do without queries and output (2 x 16) and the MLP (72), twice each; 3 pairs x 2 heads x 2, four times.
+    assert work.flops == 1480 + 192 - 2 * 2 * 104 - 4 * 3 * 2 * 2
+
+
 def test_bytes_follow_the_precision_of_weights_and_cache() -> None:
     work = forward_work(SMALL, Precision(weight=1, value=4), num_tokens=3, num_pairs=6, num_logits=0)
     assert work.num_bytes == 240 + 4 * 8 * 3  # without logits their matrix stays where it is
@@ -111,21 +119,29 @@ def test_causal_pairs_are_the_ones_below_the_diagonal(num_cached: int, num_new: 
     assert causal_pairs(num_cached, num_new) == mask.sum()
 
 
-def flops_token_by_token(shape: Shape, contexts: list[int], num_logits: int) -> int:
-    """Each token passes all weights and attends to its context, itself included."""
-    passing = 2 * shape.num_layers * shape.layer_weights
-    attending = 4 * shape.num_layers * shape.num_heads * shape.head_dim
-    return sum(passing + attending * context for context in contexts) + num_logits * 2 * shape.head_weights
+def flops_token_by_token(shape: Shape, contexts: list[int], asking: list[int], num_logits: int) -> int:
+    """Each token passes all weights and attends to its context, itself included; in the last layer only those of some
+    contexts do, and the others make keys and values."""
+    attending = 4 * shape.num_heads * shape.head_dim
+    total = num_logits * 2 * shape.head_weights
+    for context in contexts:
+        total += (shape.num_layers - 1) * (2 * shape.layer_weights + attending * context)
+        total += 2 * 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim
+    for context in asking:
+        total += 2 * (shape.layer_weights - 2 * shape.hidden_size * shape.num_kv_heads * shape.head_dim)
+        total += attending * context
+    return total
 
 
 def test_explaining_costs_every_token_once_and_the_prefix_once_for_all() -> None:
     job = Job(prefix=5, documents=(3, 4), generated=3, label_prompt=2, label_depths=(1,))
     prefill, decode = ideal_work(SMALL, BYTES["float32"], job)
     # The prefix sees itself; the documents see the prefix and themselves; each prompt's last place has logits.
-    assert prefill.flops == flops_token_by_token(SMALL, [1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8, 9], 2)
+    assert prefill.flops == flops_token_by_token(SMALL, [1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8, 9], [8, 9], 2)
     # After 8 and 9 tokens: three written tokens and two of the label prompt, then one inner node of the labels. Logits
     # after the first two written ones (the third's come from nowhere else), after the prompt, and after the node.
-    assert decode.flops == flops_token_by_token(SMALL, [*range(9, 15), *range(10, 16)], 2 * (2 + 2))
+    asking = [9, 10, 13, 14, 10, 11, 14, 15]
+    assert decode.flops == flops_token_by_token(SMALL, [*range(9, 15), *range(10, 16)], asking, 2 * (2 + 2))
     # Weights are read in each of two steps and at the label. Cached are 5 + 3 + 4 tokens, then two more after each
     # step; all that is fed (2 x 6 tokens) is written.
     assert decode.num_bytes == 3 * 4 * 260 + 4 * 8 * (12 + 14 + 16 + 12)
@@ -135,13 +151,20 @@ def test_labels_alone_are_one_phase() -> None:
     job = Job(prefix=5, documents=(3, 4), generated=0, label_prompt=2)
     (only,) = ideal_work(SMALL, BYTES["float32"], job)
     contexts = [1, 2, 3, 4, 5, *range(6, 11), *range(6, 12)]
-    assert only == Work(flops_token_by_token(SMALL, contexts, 2), 4 * 260 + 4 * 8 * 16)
+    assert only == Work(flops_token_by_token(SMALL, contexts, [10, 11], 2), 4 * 260 + 4 * 8 * 16)
 
 
 def test_sharing_saves_the_prefix_of_all_documents_but_one() -> None:
     shared = Job(prefix=50, documents=(30, 40, 60), generated=8, label_prompt=2)
     apart = replace(shared, prefix=0, documents=tuple(50 + length for length in shared.documents))
-    saved = forward_work(SMALL, BYTES["float32"], num_tokens=50, num_pairs=causal_pairs(0, 50), num_logits=0).flops
+    saved = forward_work(
+        *(SMALL, BYTES["float32"]),
+        num_tokens=50,
+        num_pairs=causal_pairs(0, 50),
+        num_logits=0,
+        num_asking=0,
+        num_asking_pairs=0,
+    ).flops
     flops = [sum(work.flops for work in ideal_work(SMALL, BYTES["float32"], job)) for job in (shared, apart)]
     assert flops[1] - flops[0] == 2 * saved
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,10 @@ from transformers import (
 from tests.checkpoints import save_checkpoint
 from whyrank.generators import Completion, Request, Sampling
 from whyrank.generators.hf import HfGenerator
-from whyrank.generators.hf.attention import Packing, Pool, Span, Store, packed_attention
+from whyrank.generators.hf.attention import packed_attention
 from whyrank.generators.hf.engine import rounded_up
+from whyrank.generators.hf.last_layer import LastLayer
+from whyrank.generators.hf.packing import Packing, Pool, Span, Store
 from whyrank.template import Template
 
 TEMPLATE = Template.load("almanac")
@@ -66,46 +68,95 @@ def small_model(kind: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt-oss"])
-def test_packed_passes_equal_plain_ones(kind: str) -> None:
-    """Two sequences behind a common prefix and one alone: read together, then two tokens more for each, one by one."""
+KINDS = ("llama", "mistral", "gemma2", "gpt-oss")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_last_alone", [False, True], ids=["all tokens", "last tokens"])
+def test_packed_passes_equal_plain_ones(kind: str, is_last_alone: bool) -> None:
+    """Two sequences behind a common prefix and one alone: read together, then two tokens more for each, one by one.
+    With `is_last_alone`, only each one's last token goes the whole way through the last layer."""
     model = small_model(kind)
     rng = random.Random(0)
     prefix, *own = ([rng.randrange(3, 97) for _ in range(size)] for size in (7, 4, 9, 6))
     more = [[rng.randrange(3, 97) for _ in range(2)] for _ in own]
-    pool, shared = Pool(4, 16), Store(7)
+    pool, shared, last = Pool(4, 16), Store(7), LastLayer.of(model)
     stores = [pool.take() for _ in own]
     contexts: list[tuple[Store, ...]] = [(shared,), (shared,), ()]
     found: list[list[Tensor]] = [[] for _ in own]
 
-    def run(tokens: Sequence[Sequence[int]], stores: Sequence[Store], contexts: Sequence[tuple[Store, ...]]) -> Tensor:
+    def run(
+        tokens: Sequence[Sequence[int]], stores: Sequence[Store], contexts: Sequence[tuple[Store, ...]]
+    ) -> tuple[Tensor, ...]:
         spans, num_tokens = [], 0
         for ids, store, context in zip(tokens, stores, contexts, strict=True):
-            spans.append(Span(num_tokens, len(ids), store, store.length, context))
+            num_wanted = len(ids) if not is_last_alone else 0 if store is shared else 1
+            spans.append(Span(num_tokens, len(ids), store, store.length, context, num_wanted))
             num_tokens += len(ids)
         for ids, store in zip(tokens, stores, strict=True):
             store.length += len(ids)
-        is_single = all(len(ids) == 1 for ids in tokens)
-        with torch.inference_mode(), packed_attention(model):
+        ends = [(span.start + span.num_tokens, span.num_wanted) for span in spans]
+        places = torch.tensor([place for end, num in ends for place in range(end - num, end)])
+        several, single = (spans, []) if any(len(ids) > 1 for ids in tokens) else ([], spans)
+        index = last.index if is_last_alone else None
+        with (
+            torch.inference_mode(),
+            packed_attention(model),
+            last.only_at(places) if is_last_alone else nullcontext(),
+        ):
             logits: Tensor = model(
                 input_ids=torch.tensor([[token for ids in tokens for token in ids]]),
                 position_ids=torch.tensor([[s.position + i for s in spans for i in range(s.num_tokens)]]),
                 use_cache=False,
-                packing=Packing(pool, spans if is_single else [], [] if is_single else spans, torch.device("cpu")),
+                logits_to_keep=places,
+                packing=Packing(pool, single, several, torch.device("cpu"), index),
             ).logits[0]
-        return logits
+        pieces: tuple[Tensor, ...] = logits.split([span.num_wanted for span in spans])
+        return pieces
 
-    first = run([prefix, *own], [shared, *stores], [(), *contexts]).split([len(ids) for ids in (prefix, *own)])
+    first = run([prefix, *own], [shared, *stores], [(), *contexts])
     for number, logits in enumerate(first[1:]):
         found[number].append(logits)
     for step in range(2):
-        for number, logits in enumerate(run([[ids[step]] for ids in more], stores, contexts).split(1)):
+        for number, logits in enumerate(run([[ids[step]] for ids in more], stores, contexts)):
             found[number].append(logits)
     for number, ids in enumerate(own):
         whole = [*(prefix if contexts[number] else []), *ids, *more[number]]
         with torch.inference_mode():
             plain = model(input_ids=torch.tensor([whole]), use_cache=False).logits[0]
-        torch.testing.assert_close(torch.cat(found[number]), plain[-len(ids) - 2 :], atol=2e-5, rtol=2e-5)
+        logits = torch.cat(found[number])
+        assert len(logits) == (3 if is_last_alone else len(ids) + 2)
+        torch.testing.assert_close(logits, plain[-len(logits) :], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_layer_works_for_wanted_tokens_alone(kind: str) -> None:
+    """Its MLP (where that returns rows and nothing else) and attention's output see as many rows as are wanted, the
+    layers before it all; afterwards the model is what it was."""
+    model = small_model(kind)
+    seen: dict[str, list[int]] = {}
+    for number, layer in enumerate(model.model.layers):
+        for name, module in (("mlp", layer.mlp), ("output", layer.self_attn.o_proj)):
+
+            def note(
+                module: torch.nn.Module, given: tuple[Tensor], found: object, key: str = f"{name} {number}"
+            ) -> None:
+                seen.setdefault(key, []).append(given[0].shape[1])
+
+            module.register_forward_hook(note)
+    ids, wanted = torch.arange(3, 11)[None], torch.tensor([2, 7])
+    with torch.inference_mode():
+        plain = model(input_ids=ids, use_cache=False).logits
+        with LastLayer.of(model).only_at(wanted):
+            narrow = model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits
+        again = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(narrow, plain[:, wanted], atol=1e-5, rtol=1e-5)
+    assert torch.equal(again, plain)
+    is_mixture = kind == "gpt-oss"  # its MLP returns what its router chose, too
+    counts = {key: sizes[-2] for key, sizes in seen.items()}
+    assert counts["output 2"] == 2
+    assert counts["mlp 2"] == (8 if is_mixture else 2)
+    assert {counts[f"{name} {number}"] for name in ("mlp", "output") for number in (0, 1)} == {8}
 
 
 def test_the_last_sequence_moves_into_a_slot_that_is_given_back() -> None:
@@ -235,9 +286,9 @@ def test_slots_are_no_more_than_answers(
     made: list[int] = []
 
     class Noted(Pool):
-        def __init__(self, num_slots: int, capacity: int) -> None:
+        def __init__(self, num_slots: int, capacity: int, dtype: torch.dtype | None = None) -> None:
             made.append(num_slots)
-            super().__init__(num_slots, capacity)
+            super().__init__(num_slots, capacity, dtype)
 
     monkeypatch.setattr("whyrank.generators.hf.engine.Pool", Noted)
     found = answers(replace(generator, batch_size=32), requests_about(generator, num_requests))

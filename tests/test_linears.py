@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from whyrank.errors import UnsupportedModel
 from whyrank.generators.hf import linears
-from whyrank.generators.hf.linears import GatedMlp, Int8Linear, PackedLinear, is_available, pack, quantize_rows
+from whyrank.generators.hf.kernels import quantize_rows
+from whyrank.generators.hf.linears import GatedMlp, Int8Linear, PackedLinear, is_available, pack
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 

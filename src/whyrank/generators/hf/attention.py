@@ -1,21 +1,20 @@
 """Attention over packed sequences that share what they have in common.
 
-One forward pass holds the new tokens of many sequences side by side in a single row, without padding. Keys and values
-of each sequence lie in a chain of stores: what it shares with others (instruction and query, or a whole prompt), then
-its own. `attend` is registered with transformers under `IMPLEMENTATION`, so that the architectures stay upstream: they
-compute queries, keys and values, and hand them over with the `Packing` that their caller gave to `model(...)`.
+`attend` is registered with transformers under `IMPLEMENTATION`, so that the architectures stay upstream: they compute
+queries, keys and values, and hand them over with the `Packing` (`packing.py`) that their caller gave to `model(...)`.
 
 Sequences that write one token each are attended to together: their own keys in one batched product, and every shared
 store once for all the sequences that it belongs to. The parts are put together by their log-sum-exp (Milakov &
-Gimelshein 2018, arXiv 1805.02867), which is exact.
+Gimelshein 2018, arXiv 1805.02867), which is exact. On CPUs a compiled loop does both (`kernels.py`).
+
+In the last layer, only tokens whose logits are wanted ask; the others are there to be seen (`last_layer.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,159 +22,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from whyrank.errors import UnsupportedModel
+from whyrank.generators.hf.kernels import attend_rows, is_compiled, write_rows
+from whyrank.generators.hf.packing import Packing, Span, hidden
 
-__all__ = ["IMPLEMENTATION", "Packing", "Pool", "Span", "Store", "attend", "check_replaceable", "packed_attention"]
+__all__ = ["IMPLEMENTATION", "attend", "check_replaceable", "packed_attention"]
 
 IMPLEMENTATION = "whyrank"
-BLOCK_ROWS = 8
-
-
-@dataclass(slots=True)
-class Store:
-    """Keys and values of consecutive tokens: per layer two tensors `(key/value heads, capacity, head size)`, of which
-    the first `length` tokens are filled, or will be by the pass that is being packed."""
-
-    capacity: int
-    length: int = 0
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def write(self, layer: int, at: int, keys: Tensor, values: Tensor) -> None:
-        """Put tokens, `(heads, tokens, head size)`, at a place; memory is taken by the first write to a layer."""
-        if layer not in self.layers:
-            shape = (keys.shape[0], self.capacity)
-            self.layers[layer] = (keys.new_zeros((*shape, keys.shape[2])), values.new_zeros((*shape, values.shape[2])))
-        own_keys, own_values = self.layers[layer]
-        own_keys[:, at : at + keys.shape[1]] = keys
-        own_values[:, at : at + keys.shape[1]] = values
-
-
-@dataclass(slots=True)
-class Pool:
-    """Stores of one capacity in common tensors `(slots, heads, capacity, head size)` per layer, so that sequences
-    that write one token each can be attended to at once. Sequences in use lie in the first slots."""
-
-    num_slots: int
-    capacity: int
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    stores: list[Store] = field(default_factory=list)
-
-    def take(self) -> Store:
-        """The next free slot, as an empty store."""
-        self.stores.append(Store(self.capacity))
-        return self.stores[-1]
-
-    def give_back(self, store: Store) -> None:
-        """Free a slot; the last sequence moves into it."""
-        slot, last = self.slot_of(store), self.stores.pop()
-        if last is store:
-            return
-        for layer, (keys, values) in self.layers.items():
-            keys[slot, :, : last.length] = keys[len(self.stores), :, : last.length]
-            values[slot, :, : last.length] = values[len(self.stores), :, : last.length]
-            last.layers[layer] = (keys[slot], values[slot])
-        self.stores[slot] = last
-
-    def slot_of(self, store: Store) -> int:
-        """Where the store lies."""
-        return next(slot for slot, found in enumerate(self.stores) if found is store)
-
-    def prepare(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Take memory for a layer before its first write, and show every store its part of it."""
-        if layer not in self.layers:
-            shape = (self.num_slots, keys.shape[0], self.capacity)
-            self.layers[layer] = (keys.new_zeros((*shape, keys.shape[2])), values.new_zeros((*shape, values.shape[2])))
-        all_keys, all_values = self.layers[layer]
-        for slot, store in enumerate(self.stores):
-            if layer not in store.layers:
-                store.layers[layer] = (all_keys[slot], all_values[slot])
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Consecutive tokens of a packed row that belong to one sequence: `num_tokens` from `start` on in the row go to
-    `store`, from `at` on; they see what stands before them there, and all of `context`."""
-
-    start: int
-    num_tokens: int
-    store: Store
-    at: int
-    context: tuple[Store, ...]
-
-    @property
-    def end(self) -> int:
-        """Behind the last of them in the store."""
-        return self.at + self.num_tokens
-
-    @property
-    def position(self) -> int:
-        """Where the first of them stands in its sequence, from 0."""
-        return sum(store.length for store in self.context) + self.at
-
-
-@dataclass(frozen=True)  # no slots: what every layer asks for is worked out once
-class Packing:
-    """What the tokens of one packed forward pass are.
-
-    `single` are spans of one token whose stores lie in the pool; they come first in the row. Among `several`, one may
-    fill the store that is the context of another.
-    """
-
-    pool: Pool
-    single: Sequence[Span]
-    several: Sequence[Span]
-    device: torch.device
-    _blocks: dict[int | None, list[tuple[slice, int, Tensor]]] = field(default_factory=dict, init=False)
-
-    @cached_property
-    def slots(self) -> Tensor:
-        """Where in the pool the single spans' stores lie."""
-        return self._numbers([self.pool.slot_of(span.store) for span in self.single])
-
-    @cached_property
-    def ends(self) -> Tensor:
-        """How many tokens the single spans' stores hold, the new one included."""
-        return self._numbers([span.end for span in self.single])
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """Where the single spans' tokens stand in their sequences."""
-        return self._numbers([span.position for span in self.single])
-
-    @cached_property
-    def num_rows(self) -> int:
-        """How many of the pool's slots the single spans reach over."""
-        return int(self.slots.max()) + 1
-
-    def blocks(self, window: int | None) -> list[tuple[slice, int, Tensor]]:
-        """Neighbouring slots that are attended to at once, the most tokens that a store among them holds, and what is
-        hidden of these, `(slots, 1, 1, tokens)`. Stores of neighbours are about equally long; on a CPU a few at a time
-        leave little padding, elsewhere one product for all is faster."""
-        if window not in self._blocks:
-            ends = torch.ones(self.num_rows, dtype=torch.long, device=self.device)
-            ends[self.slots] = self.ends
-            size = BLOCK_ROWS if self.device.type == "cpu" else self.num_rows
-            self._blocks[window] = found = []
-            for start in range(0, self.num_rows, size):
-                block = ends[start : start + size, None]
-                num_keys = int(block.max())
-                places = torch.arange(num_keys, device=self.device)
-                seen = (places < block) if window is None else (places < block) & (places >= block - window)
-                found.append((slice(start, start + len(block)), num_keys, _hidden(seen)[:, None, None, :]))
-        return self._blocks[window]
-
-    @cached_property
-    def shared(self) -> list[tuple[Store, Tensor, int]]:
-        """Every store that is context of single spans, the numbers of these, and the position of its first token."""
-        found: dict[int, tuple[Store, list[int], int]] = {}
-        for number, span in enumerate(self.single):
-            offset = 0
-            for store in span.context:
-                found.setdefault(id(store), (store, [], offset))[1].append(number)
-                offset += store.length
-        return [(store, self._numbers(members), offset) for store, members, offset in found.values()]
-
-    def _numbers(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, device=self.device)
+QUERIES_AT_ONCE = 64  # of a prompt on a CPU: its first tokens need not be held against its last ones
 
 
 def attend(
@@ -216,20 +69,25 @@ def attend(
     queries, keys, values = query[0], key[0].to(query.dtype), value[0].to(query.dtype)  # under autocast they differ
     packing.pool.prepare(layer, keys, values)
     if packing.single:
-        num_single = len(packing.single)
-        pool_keys, pool_values = packing.pool.layers[layer]
-        pool_keys[packing.slots, :, packing.ends - 1] = keys[:, :num_single].transpose(0, 1)
-        pool_values[packing.slots, :, packing.ends - 1] = values[:, :num_single].transpose(0, 1)
+        for pool, rows in zip(packing.pool.layers[layer], (keys, values), strict=True):
+            new = rows[:, : len(packing.single)].transpose(0, 1)
+            if is_compiled(queries):
+                write_rows(pool, new, packing.slots, packing.ends - 1)
+            else:
+                pool[packing.slots, :, packing.ends - 1] = new
     for span in packing.several:
         place = slice(span.start, span.start + span.num_tokens)
-        span.store.write(layer, span.at, keys[:, place], values[:, place])
+        span.store.write(layer, span.at, keys[:, place], values[:, place], packing.pool.dtype)
     rule = _Rule(scaling, sliding_window, softcap, s_aux)
     out = queries.new_zeros((queries.shape[1], queries.shape[0], values.shape[2]))
     if packing.single:
-        out[: len(packing.single)] = _attend_single(queries, packing, layer, rule)
+        attend_single = _attend_single_compiled if is_compiled(queries) else _attend_single
+        out[: len(packing.single)] = attend_single(queries, packing, layer, rule)
     for span in packing.several:
-        place = slice(span.start, span.start + span.num_tokens)
-        out[place] = _attend_several(queries[:, place], span, layer, rule).transpose(0, 1)
+        num_asking = span.num_wanted if layer == packing.last_layer else span.num_tokens
+        if num_asking:
+            place = slice(span.start + span.num_tokens - num_asking, span.start + span.num_tokens)
+            out[place] = _attend_several(queries[:, place], span, packing, layer, rule).transpose(0, 1)
     return out[None], None
 
 
@@ -288,11 +146,6 @@ class _Rule:
         Returns:
             Output `(rows, heads, queries, size)` and log-sum-exp `(rows, heads, queries)`, float32.
         """
-        if self.softcap is None and queries.device.type == "cpu":  # torch's fused attention, and its log-sum-exp
-            out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                queries, keys, values, attn_mask=hidden, scale=self.scaling
-            )
-            return out, total
         scores = (queries @ keys.transpose(-1, -2)).float() * self.scaling
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
@@ -310,59 +163,82 @@ class _Rule:
         return out * torch.sigmoid(total - self.sinks.float().view(shape))[..., None].to(out.dtype)
 
 
-def _attend_several(queries: Tensor, span: Span, layer: int, rule: _Rule) -> Tensor:
-    """`(heads, tokens, size)` for the consecutive tokens of one sequence."""
+def _attend_several(queries: Tensor, span: Span, packing: Packing, layer: int, rule: _Rule) -> Tensor:
+    """`(heads, tokens, size)` for the last tokens of one sequence, as many as there are queries."""
     parts = [tuple(tensor[:, : store.length] for tensor in store.layers[layer]) for store in span.context]
     parts.append(tuple(tensor[:, : span.end] for tensor in span.store.layers[layer]))
     keys, values = (
-        torch.cat([part[which] for part in parts], dim=1) if len(parts) > 1 else parts[0][which] for which in (0, 1)
+        (torch.cat([part[which] for part in parts], dim=1) if len(parts) > 1 else parts[0][which]).to(queries.dtype)
+        for which in (0, 1)
     )
-    num_keys = keys.shape[1]
-    places = torch.arange(num_keys, device=keys.device)
-    own = places[num_keys - span.num_tokens :, None]
-    seen = places <= own
-    if rule.window is not None:
-        seen &= places > own - rule.window
-    num_groups = queries.shape[0] // keys.shape[0]
+    mask = packing.causal_mask(keys.shape[1], queries.shape[1], rule.window)
     if rule.is_plain:
-        is_whole = num_keys == span.num_tokens and (rule.window is None or num_keys <= rule.window)
-        return scaled_dot_product_attention(
-            queries[None],
-            keys[None],
-            values[None],
-            attn_mask=None if is_whole else seen,
-            is_causal=is_whole,
-            scale=rule.scaling,
-            enable_gqa=num_groups > 1,
-        )[0]
+        return _fused_attention(queries, keys, values, mask, rule.scaling)
+    if mask is None:
+        mask = hidden(torch.ones(queries.shape[1], keys.shape[1], device=keys.device).tril() > 0)
+    num_groups = queries.shape[0] // keys.shape[0]
     repeated = [tensor.repeat_interleave(num_groups, dim=0)[None] for tensor in (keys, values)]
-    out, total = rule.part(queries[None], repeated[0], repeated[1], _hidden(seen))
+    out, total = rule.part(queries[None], repeated[0], repeated[1], mask)
     return rule.with_sinks(out[0], total[0], heads_at=0)
 
 
+def _fused_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """torch's own, for consecutive tokens; without a mask they see themselves and all before."""
+    num_queries, num_keys = queries.shape[1], keys.shape[1]
+    at_once = QUERIES_AT_ONCE if is_compiled(queries) and mask is not None else num_queries
+    found = []
+    for start in range(0, num_queries, at_once):
+        end = min(start + at_once, num_queries)
+        num_seen = num_keys - num_queries + end  # by the last of these queries
+        part = scaled_dot_product_attention(
+            queries[None, :, start:end],
+            keys[None, :, :num_seen],
+            values[None, :, :num_seen],
+            attn_mask=None if mask is None else mask[start:end, :num_seen].to(queries.dtype),
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=queries.shape[0] > keys.shape[0],
+        )
+        found.append(part[0])
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def _attend_single_compiled(queries: Tensor, packing: Packing, layer: int, rule: _Rule) -> Tensor:
+    """`(sequences, heads, size)` for sequences with one new token each, in float32 on a CPU."""
+    keys, values = packing.pool.layers[layer]
+    # (sequences, key/value heads, queries per head, size)
+    asked = queries[:, : len(packing.single)].transpose(0, 1).unflatten(1, (keys.shape[1], -1)).contiguous()
+    out = asked.new_zeros((*asked.shape[:3], values.shape[3]))
+    total = asked.new_full(asked.shape[:3], -torch.inf)
+    shared, own = packing.rows(rule.window)
+    for store, seen in shared:
+        some_keys, some_values = (tensor[None] for tensor in store.layers[layer])
+        attend_rows(asked, some_keys, some_values, seen, out, total, scaling=rule.scaling, softcap=rule.softcap)
+    attend_rows(asked, keys, values, own, out, total, scaling=rule.scaling, softcap=rule.softcap)
+    return rule.with_sinks(out.flatten(1, 2), total.flatten(1, 2), heads_at=1)
+
+
 def _attend_single(queries: Tensor, packing: Packing, layer: int, rule: _Rule) -> Tensor:
-    """`(sequences, heads, size)` for sequences with one new token each."""
+    """The same on other devices and in other precisions."""
     keys, values = packing.pool.layers[layer]
     slots, num_rows = packing.slots, packing.num_rows
-    # (sequences, key/value heads, queries per head, size)
     asked = queries[:, : len(packing.single)].transpose(0, 1).unflatten(1, (keys.shape[1], -1))
     in_slots = asked.new_zeros((num_rows, *asked.shape[1:]))
     in_slots[slots] = asked
-    parts = [
-        rule.part(in_slots[rows], keys[rows, :, :num_keys], values[rows, :, :num_keys], hidden)
-        for rows, num_keys, hidden in packing.blocks(rule.window)
-    ]
-    out, total = (torch.cat(found)[slots] for found in zip(*parts, strict=True))
+    mask = packing.mask(rule.window)
+    num_keys = mask.shape[-1]
+    out, total = rule.part(in_slots, keys[:num_rows, :, :num_keys], values[:num_rows, :, :num_keys], mask)
+    out, total = out[slots], total[slots]
     for store, rows, offset in packing.shared:
         shared_keys, shared_values = (tensor[None, :, : store.length] for tensor in store.layers[layer])
-        hidden = None
+        out_of_window = None
         if rule.window is not None:
             places = offset + torch.arange(store.length, device=keys.device)
             seen = places > packing.positions[rows, None] - rule.window
-            hidden = _hidden(seen.repeat_interleave(asked.shape[2], dim=0))
+            out_of_window = hidden(seen.repeat_interleave(asked.shape[2], dim=0))
         # All sequences that share the store, as one matrix of queries per head.
         matrix = asked[rows].transpose(0, 1).flatten(1, 2)[None]
-        more, more_total = (part[0] for part in rule.part(matrix, shared_keys, shared_values, hidden))
+        more, more_total = (part[0] for part in rule.part(matrix, shared_keys, shared_values, out_of_window))
         more = more.unflatten(1, (len(rows), -1)).transpose(0, 1)
         more_total = more_total.unflatten(1, (len(rows), -1)).transpose(0, 1)
         both = torch.logaddexp(total[rows], more_total)
@@ -370,9 +246,3 @@ def _attend_single(queries: Tensor, packing: Packing, layer: int, rule: _Rule) -
         out[rows] = (out[rows] * weight + more * more_weight).to(out.dtype)
         total[rows] = both
     return rule.with_sinks(out.flatten(1, 2), total.flatten(1, 2), heads_at=1)
-
-
-def _hidden(seen: Tensor) -> Tensor:
-    """What to add to scores, so that those that are not seen take no weight."""
-    hidden = torch.zeros(seen.shape, device=seen.device)
-    return hidden.masked_fill_(~seen, torch.finfo(hidden.dtype).min)

@@ -21,10 +21,13 @@ from transformers import PreTrainedModel
 
 from whyrank.generators import Completion, FinishReason, Request
 from whyrank.generators.explanations import Explanation, reason_to_stop, settle_explanation
-from whyrank.generators.hf.attention import Packing, Pool, Span, Store, packed_attention
+from whyrank.generators.hf.attention import packed_attention
 from whyrank.generators.hf.chat import ChatTokens, Endings
 from whyrank.generators.hf.labels import label_log_probs, prefixes_to_visit
+from whyrank.generators.hf.last_layer import LastLayer
+from whyrank.generators.hf.linears import is_narrow
 from whyrank.generators.hf.memory import Footprint
+from whyrank.generators.hf.packing import Packing, Pool, Span, Store
 
 __all__ = ["Answer", "Engine", "rounded_up"]
 
@@ -124,6 +127,8 @@ class Engine:
         memory: int | None = None,
     ) -> None:
         self._model = model
+        self._last_layer = LastLayer.of(model)
+        self._kept_dtype = torch.bfloat16 if is_narrow(model) else None  # of keys and values
         self._tokens = tokens
         self._eos_ids = eos_ids
         self._num_slots = num_slots
@@ -200,16 +205,16 @@ class Engine:
         capacity = math.ceil(max(found.num_needed for found in waiting) / CAPACITY_STEP) * CAPACITY_STEP
         most = min(self._num_slots, len(waiting))
         if self._memory is None:
-            return Pool(most, capacity)
+            return Pool(most, capacity, self._kept_dtype)
         self._num_shareable = 2 * max(self._num_shared(found) for found in waiting)
-        num_slots = Footprint.of(self._model).num_slots(
+        num_slots = Footprint.of(self._model, self._kept_dtype).num_slots(
             self._memory,
             capacity=capacity,
             num_shared=self._num_shareable // 2,
             num_pass_tokens=self._max_pass_tokens + capacity,
             most=most,
         )
-        return Pool(num_slots, capacity)
+        return Pool(num_slots, capacity, self._kept_dtype)
 
     def _was_planned_for(self, answer: Answer) -> bool:
         """Whether the answer fits into a slot, and what it shares into what the memory was divided for."""
@@ -277,7 +282,9 @@ class Engine:
         tasks = sorted(tasks, key=lambda task: not (len(task.tokens) == 1 and id(task.store) in in_pool))
         spans, num_tokens = [], 0
         for task in tasks:
-            spans.append(Span(num_tokens, len(task.tokens), task.store, task.store.length, task.context))
+            spans.append(
+                Span(num_tokens, len(task.tokens), task.store, task.store.length, task.context, task.num_logits)
+            )
             num_tokens += len(task.tokens)
         for task in tasks:
             task.store.length += len(task.tokens)
@@ -291,13 +298,15 @@ class Engine:
         ids = [token for task in tasks for token in task.tokens]
         unused = [0] * (rounded_up(len(ids)) - len(ids))
         device = self._model.device
-        with packed_attention(self._model):
+        wanted = torch.tensor(places, device=device)
+        packing = Packing(self._pool, spans[:num_single], spans[num_single:], device, self._last_layer.index)
+        with packed_attention(self._model), self._last_layer.only_at(wanted):
             output = self._model(
                 input_ids=torch.tensor([ids + unused], device=device),
                 position_ids=torch.tensor([positions + unused], device=device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(places, device=device),
-                packing=Packing(self._pool, spans[:num_single], spans[num_single:], device),
+                logits_to_keep=wanted,
+                packing=packing,
             )
         logits = cast(Tensor, output.logits)[0].float().split([task.num_logits for task in tasks])
         for_answers = [

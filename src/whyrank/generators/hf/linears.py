@@ -4,8 +4,8 @@ torch multiplies by weights as they come from the checkpoint, and rearranges the
 decoding step that costs about half as much as the product itself. oneDNN can keep its own arrangement instead, apply
 the activation of a gated MLP while the product is still in the processor's registers, and multiply 8-bit integers.
 
-Only these products are narrow. Everything between them is float32, keys and values included: torch's attention with one
-query per sequence is several times slower in bfloat16 on CPUs. 8-bit weights have one scale per output, 8-bit rows one
+Only these products are narrow, and keys and values are kept in bfloat16 with them; everything else is float32, since
+torch's attention is no faster in bfloat16 on CPUs. 8-bit weights have one scale per output, 8-bit rows one
 scale each, found when they come (Dettmers et al. 2022, arXiv 2208.07339, without its outlier columns); their products
 are summed as 32-bit integers.
 """
@@ -18,16 +18,14 @@ from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
 from transformers import PreTrainedModel
 
 from whyrank.errors import UnsupportedModel
+from whyrank.generators.hf.kernels import LARGEST, ZERO, Activation, gated_rows, quantize_rows
 
-__all__ = ["GatedMlp", "Int8Linear", "PackedLinear", "is_available", "pack", "quantize_rows"]
+__all__ = ["GatedMlp", "Int8Linear", "PackedLinear", "is_available", "is_narrow", "pack"]
 
-Activation = Literal["swish", "gelu"]
 ROWS_EXPECTED = 32  # what the arrangement is chosen for; other numbers of rows are right, too
-LARGEST, ZERO = 127, 128  # of 8-bit rows: they are stored without a sign, because oneDNN's products of those are faster
 NUM_PROBED = 4  # rows that a replaced MLP is tried with
 
 
@@ -38,7 +36,7 @@ class _Laid(torch.nn.Module):
         super().__init__()
         self._bias = None if linear.bias is None else linear.bias.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.is_narrow = linear.weight.dtype == torch.bfloat16
+        self.is_narrow = linear.weight.dtype == torch.bfloat16 or isinstance(self, Int8Linear)
 
     def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
         raise UnsupportedModel("a model whose weights are laid out for ranking cannot be saved; copy its checkpoint")
@@ -56,12 +54,12 @@ class PackedLinear(_Laid):
         """`(…, in_features)` to `(…, out_features)`."""
         return self._with("none", rows.to(self._weight.dtype)).float()
 
-    def gate(self, activation: Activation, up: PackedLinear, rows: Tensor) -> Tensor:
-        """`activation(self(rows)) * up(rows)` in the products' precision, without a further pass over memory."""
+    def gated(self, activation: Activation, up: PackedLinear, down: PackedLinear, rows: Tensor) -> Tensor:
+        """`down(activation(self(rows)) * up(rows))`; between the products their precision is kept."""
         rows = rows.to(self._weight.dtype)
         gate = self._with(activation, rows)
-        found = torch.ops.mkldnn._linear_pointwise.binary(rows, gate, up._weight, up._bias, "mul")
-        return cast(Tensor, found)
+        product = torch.ops.mkldnn._linear_pointwise.binary(rows, gate, up._weight, up._bias, "mul")
+        return down.forward(cast(Tensor, product))
 
     def _with(self, activation: Activation | Literal["none"], rows: Tensor) -> Tensor:
         variant = "tanh" if activation == "gelu" else ""
@@ -82,28 +80,27 @@ class Int8Linear(_Laid):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`(…, in_features)` to `(…, out_features)`."""
-        return self._times(*quantize_rows(rows))
+        return self._scaled(*quantize_rows(rows))
 
-    def gate(self, activation: Activation, up: Int8Linear, rows: Tensor) -> Tensor:
-        """`activation(self(rows)) * up(rows)`."""
+    def gated(self, activation: Activation, up: Int8Linear, down: Int8Linear, rows: Tensor) -> Tensor:
+        """`down(activation(self(rows)) * up(rows))`."""
         small, scales = quantize_rows(rows)
-        gate = self._times(small, scales)
-        active = silu(gate, inplace=True) if activation == "swish" else gelu(gate, approximate="tanh")
-        return active * up._times(small, scales)
+        if self._bias is None and up._bias is None:
+            return down._scaled(*gated_rows(activation, self._times(small), up._times(small), scales))
+        ones = torch.ones_like(scales)
+        return down._scaled(*gated_rows(activation, self._scaled(small, scales), up._scaled(small, scales), ones))
 
-    def _times(self, rows: Tensor, scales: Tensor) -> Tensor:
+    def _times(self, small: Tensor) -> Tensor:
+        """The product with 8-bit rows, which still has to be multiplied by their scales."""
         flat: Tensor = torch.ops.onednn.qlinear_pointwise(
-            *(rows.flatten(0, -2), 1.0, ZERO, self._weight, self._scales, self._zeros),
+            *(small.flatten(0, -2), 1.0, ZERO, self._weight, self._scales, self._zeros),
             *(None, 1.0, 0, torch.float32, "none", [], ""),
         )
-        found = flat.view(*rows.shape[:-1], -1) * scales
-        return found if self._bias is None else found + self._bias
+        return flat.view(*small.shape[:-1], -1)
 
-
-def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit rows `(…, features)`, from 1 to 255 with 128 for zero, and the scale of each, `(…, 1)`."""
-    scales = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny) / LARGEST
-    return (rows / scales).round_().add_(ZERO).to(torch.uint8), scales
+    def _scaled(self, small: Tensor, scales: Tensor) -> Tensor:
+        found = self._times(small).mul_(scales)
+        return found if self._bias is None else found.add_(self._bias)
 
 
 class GatedMlp(torch.nn.Module):
@@ -121,7 +118,7 @@ class GatedMlp(torch.nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`(…, hidden size)` to the same shape."""
-        return cast(Tensor, self.down_proj(self.gate_proj.gate(self._activation, self.up_proj, rows)))
+        return self.gate_proj.gated(self._activation, self.up_proj, self.down_proj, rows)
 
 
 def is_available(*, int8: bool) -> bool:
@@ -145,6 +142,11 @@ def _has_exact_int8() -> bool:
         except (NotImplementedError, RuntimeError):
             return False
     return bool(torch.allclose(found, torch.full((2, 32), 64.0)))
+
+
+def is_narrow(model: PreTrainedModel) -> bool:
+    """Whether a model's products have been made narrower than float32, with everything between them in float32."""
+    return any(isinstance(module, _Laid) and module.is_narrow for module in model.modules())
 
 
 def pack(model: PreTrainedModel, *, int8: bool = False) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from transformers import PreTrainedModel
 
 from whyrank.errors import GenerationError
@@ -33,8 +34,9 @@ class Footprint:
     logits_row: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Self:
-        """Counted from the model's shape; activations have the widest precision that its weights have."""
+    def of(cls, model: PreTrainedModel, kept: torch.dtype | None = None) -> Self:
+        """Counted from the model's shape; activations have the widest precision that its weights have, and so have keys
+        and values, unless they are `kept` otherwise."""
         config = model.config.get_text_config(decoder=True)
         shape: Mapping[str, Any] = config.to_dict()
         size = max(parameter.element_size() for parameter in model.parameters() if parameter.is_floating_point())
@@ -43,7 +45,7 @@ class Footprint:
         key_values = 2 * (shape.get("num_key_value_heads") or num_heads) * head_size
         wide = max(shape.get("intermediate_size") or 0, 4 * shape["hidden_size"])
         return cls(
-            cached_token=key_values * shape["num_hidden_layers"] * size,
+            cached_token=key_values * shape["num_hidden_layers"] * (kept.itemsize if kept else size),
             # gate and product of an MLP; queries, keys and values with temporaries of their rotation, and the output
             # of attention; the residual stream with its norms. The allocator keeps some of it between layers.
             pass_token=(2 * wide + 5 * (num_heads * head_size + key_values) + 6 * shape["hidden_size"]) * size,
@@ -63,7 +65,7 @@ class Footprint:
         Raises:
             GenerationError: not even one answer fits.
         """
-        attended = MASK_BYTES * capacity * (capacity + num_shared)
+        attended = MASK_BYTES * num_pass_tokens * (capacity + num_shared)
         fixed = num_pass_tokens * self.pass_token + attended + 2 * num_shared * self.cached_token
         slot = capacity * self.cached_token + self.logits_row + self.pass_token
         found = (budget - fixed) // slot
