@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,16 +74,23 @@ KINDS = ("llama", "mistral", "gemma2", "gpt-oss")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_last_alone", [False, True], ids=["all tokens", "last tokens"])
-def test_packed_passes_equal_plain_ones(kind: str, is_last_alone: bool) -> None:
-    """Two sequences behind a common prefix and one alone: read together, then two tokens more for each, one by one.
-    With `is_last_alone`, only each one's last token goes the whole way through the last layer."""
+@pytest.mark.parametrize("is_on_cpu", [True, False], ids=["compiled", "plain torch"])
+def test_packed_passes_equal_plain_ones(
+    kind: str, is_last_alone: bool, is_on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences behind a common prefix, one of them behind a longer one, and one alone: read together, then two
+    tokens more for each, one by one. With `is_last_alone`, only each one's last token goes the whole way through the
+    last layer. On other devices nothing is compiled; that is tried here, too."""
     model = small_model(kind)
+    if not is_on_cpu:
+        for module in ("attention", "packing"):
+            monkeypatch.setattr(f"whyrank.generators.hf.{module}.is_compiled", lambda tensor: False)
     rng = random.Random(0)
-    prefix, *own = ([rng.randrange(3, 97) for _ in range(size)] for size in (7, 4, 9, 6))
+    prefix, longer, *own = ([rng.randrange(3, 97) for _ in range(size)] for size in (7, 3, 4, 9, 6))
     more = [[rng.randrange(3, 97) for _ in range(2)] for _ in own]
-    pool, shared, last = Pool(4, 16), Store(7), LastLayer.of(model)
+    pool, shared, further, last = Pool(4, 16), Store(7), Store(3), LastLayer.of(model)
     stores = [pool.take() for _ in own]
-    contexts: list[tuple[Store, ...]] = [(shared,), (shared,), ()]
+    contexts: list[tuple[Store, ...]] = [(shared,), (shared, further), ()]
     found: list[list[Tensor]] = [[] for _ in own]
 
     def run(
@@ -90,7 +98,7 @@ def test_packed_passes_equal_plain_ones(kind: str, is_last_alone: bool) -> None:
     ) -> tuple[Tensor, ...]:
         spans, num_tokens = [], 0
         for ids, store, context in zip(tokens, stores, contexts, strict=True):
-            num_wanted = len(ids) if not is_last_alone else 0 if store is shared else 1
+            num_wanted = len(ids) if not is_last_alone else 0 if store is shared or store is further else 1
             spans.append(Span(num_tokens, len(ids), store, store.length, context, num_wanted))
             num_tokens += len(ids)
         for ids, store in zip(tokens, stores, strict=True):
@@ -114,19 +122,42 @@ def test_packed_passes_equal_plain_ones(kind: str, is_last_alone: bool) -> None:
         pieces: tuple[Tensor, ...] = logits.split([span.num_wanted for span in spans])
         return pieces
 
-    first = run([prefix, *own], [shared, *stores], [(), *contexts])
-    for number, logits in enumerate(first[1:]):
+    first = run([prefix, longer, *own], [shared, further, *stores], [(), (shared,), *contexts])
+    for number, logits in enumerate(first[2:]):
         found[number].append(logits)
     for step in range(2):
         for number, logits in enumerate(run([[ids[step]] for ids in more], stores, contexts)):
             found[number].append(logits)
     for number, ids in enumerate(own):
-        whole = [*(prefix if contexts[number] else []), *ids, *more[number]]
+        before = [[], prefix, [*prefix, *longer]][len(contexts[number])]
+        whole = [*before, *ids, *more[number]]
         with torch.inference_mode():
             plain = model(input_ids=torch.tensor([whole]), use_cache=False).logits[0]
         logits = torch.cat(found[number])
         assert len(logits) == (3 if is_last_alone else len(ids) + 2)
         torch.testing.assert_close(logits, plain[-len(logits) :], atol=2e-5, rtol=2e-5)
+
+
+def test_prompts_go_only_partly_through_the_last_layer(generator: HfGenerator) -> None:
+    """Of a whole prompt its last token does; of answers, one token a step; and only these ask in attention."""
+    *_, before, last = generator.model.model.layers
+    rows: dict[str, list[int]] = {"before": [], "last": []}
+    handles = [
+        layer.mlp.register_forward_hook(
+            lambda module, given, found, name=name: rows[name].append(given[0].numel() // given[0].shape[-1])
+        )
+        for name, layer in (("before", before), ("last", last))
+    ]
+    requests = requests_about(generator, 4)
+    try:
+        with passes_of(generator) as sizes:
+            answers(generator, requests)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert rows["before"] == [rounded_up(size) for size in sizes]
+    assert rows["last"][:2] == [1, 4]  # the first is the engine's look at what this MLP returns
+    assert sizes[0] > 4 * 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -294,6 +325,32 @@ def test_slots_are_no_more_than_answers(
     found = answers(replace(generator, batch_size=32), requests_about(generator, num_requests))
     assert len(found) == num_requests
     assert max(made) == num_slots
+
+
+def test_narrow_answers_do_not_depend_on_the_number_of_slots(tmp_path: Path) -> None:
+    """With 8-bit products keys and values are kept in bfloat16, wherever they lie: in the pool, or shared."""
+    folder = save_checkpoint("llama", tmp_path)
+    exact = HfGenerator.load(folder, device="cpu", dtype="float32")
+    narrow = HfGenerator.load(folder, device="cpu", dtype="int8")
+    requests = [replace(request, is_direct=True) for request in requests_about(exact, 6)]
+    requests += requests_about(exact, 6, query="why the quick fox")
+    wanted = answers(narrow, requests)
+    stores: list[torch.dtype] = []
+    real = Store.write
+
+    def noted(self: Store, layer: int, *given: Any) -> None:
+        real(self, layer, *given)
+        stores.append(self.layers[layer][0].dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "write", noted)
+        found = answers(replace(narrow, batch_size=2), requests)
+    assert set(stores) == {torch.bfloat16}
+    assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
+    for one, other, right in zip(found, wanted, answers(exact, requests), strict=True):
+        assert one.label_probs == pytest.approx(other.label_probs, rel=1e-3, abs=1e-6)
+        if one.token_ids == right.token_ids:
+            assert one.label_probs == pytest.approx(right.label_probs, rel=0.3, abs=1e-3)
 
 
 def test_nothing_is_left_behind(generator: HfGenerator) -> None:

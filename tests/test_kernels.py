@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, silu
 
 from whyrank.generators.hf.kernels import (
     Activation,
-    Rows,
+    Seen,
     _compiled,
     _exponentials,
     attend_rows,
@@ -46,7 +46,7 @@ def random_attention(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
     return queries, keys.to(dtype), values.to(dtype)
 
 
-def attended(parts: list[Rows], dtype: torch.dtype = torch.float32, **rule: float) -> tuple[Tensor, Tensor]:
+def attended(parts: list[Seen], dtype: torch.dtype = torch.float32, **rule: float) -> tuple[Tensor, Tensor]:
     queries, keys, values = random_attention(dtype)
     out = torch.zeros(len(queries), NUM_HEADS, NUM_GROUPS, VALUE_SIZE)
     total = torch.full(out.shape[:3], -torch.inf)
@@ -67,7 +67,7 @@ def by_definition(
 
 
 # Four queries, of which the third is not asked, in other slots; one sees a single key, one a window.
-SEEN = Rows(numbers(0, 3, 1), numbers(2, 0, 4), numbers(0, 20, 7), numbers(41, 21, 30))
+SEEN = Seen(numbers(0, 3, 1), numbers(2, 0, 4), numbers(0, 20, 7), numbers(41, 21, 30))
 
 
 @pytest.mark.usefixtures("_threads")
@@ -85,8 +85,8 @@ def test_attention_is_what_its_definition_says(dtype: torch.dtype, softcap: floa
 
 @pytest.mark.parametrize("places", [[0, 41], [0, 1, 41], [0, 12, 13, 40, 41], [0, 0, 20, 41]])
 def test_keys_may_come_in_parts_and_in_any_order(places: list[int]) -> None:
-    whole = attended([Rows(numbers(1), numbers(3), numbers(0), numbers(41))])
-    parts = [Rows(numbers(1), numbers(3), numbers(start), numbers(end)) for start, end in pairwise(places)]
+    whole = attended([Seen(numbers(1), numbers(3), numbers(0), numbers(41))])
+    parts = [Seen(numbers(1), numbers(3), numbers(start), numbers(end)) for start, end in pairwise(places)]
     for order in (parts, parts[::-1]):
         torch.testing.assert_close(attended(order), whole, atol=2e-6, rtol=2e-6)
 
@@ -97,7 +97,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     keys = torch.tensor([-100.0, 100.0, -100.0]).view(1, 1, 3, 1)
     values = torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 3, 1)
     out, total = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1), -torch.inf)
-    attend_rows(queries, keys, values, Rows(*map(numbers, (0, 0, 0, 3))), out, total, scaling=1.0)
+    attend_rows(queries, keys, values, Seen(*map(numbers, (0, 0, 0, 3))), out, total, scaling=1.0)
     assert (out.item(), total.item()) == (2.0, 10_000.0)
 
 
@@ -106,7 +106,7 @@ def test_what_is_not_a_number_stays_so() -> None:
     queries, keys, values = random_attention()
     queries[1, 0, 0, 5] = torch.nan
     out, total = torch.zeros(4, NUM_HEADS, NUM_GROUPS, VALUE_SIZE), torch.full((4, NUM_HEADS, NUM_GROUPS), -torch.inf)
-    attend_rows(queries, keys, values, Rows(*map(numbers, (1, 0, 0, 20))), out, total, scaling=0.3)
+    attend_rows(queries, keys, values, Seen(*map(numbers, (1, 0, 0, 20))), out, total, scaling=0.3)
     assert out[1, 0, 0].isnan().all()
     assert not out[1, 1:].isnan().any()
 
@@ -156,6 +156,13 @@ def test_a_function_without_a_place_to_keep_it_is_compiled_all_the_same() -> Non
     twice = made["twice"]
     assert callable(twice)
     assert _compiled(twice)(21) == 42
+
+
+def test_what_is_not_contiguous_is_refused_and_not_copied() -> None:
+    """What is written into a copy would be lost."""
+    gate = torch.zeros(2, 3, 4).transpose(0, 1)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        gated_rows("swish", gate, gate, torch.ones(3, 2, 1))
 
 
 def test_loops_are_for_float32_on_cpus() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from whyrank.errors import UnsupportedModel
 from whyrank.generators.hf import linears
@@ -134,6 +135,22 @@ def test_an_mlp_is_fused_only_where_its_results_stay_the_same(activation: str, i
         after = model.model.layers[0].mlp(rows)
     assert isinstance(model.model.layers[0].mlp, GatedMlp) == (activation != "relu")
     torch.testing.assert_close(after, before, atol=(0.05 if int8 else 1e-5) * float(before.abs().max()), rtol=0)
+
+
+@with_int8
+def test_a_gated_mlp_may_have_biases() -> None:
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, mlp_bias=True)
+    mlp = LlamaMLP(config)
+    for name, parameter in mlp.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    rows = torch.randn(1, 6, 32)
+    with torch.inference_mode():
+        wanted = mlp(rows)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(mlp, name, Int8Linear(getattr(mlp, name)))
+        found = GatedMlp(mlp, "swish")(rows)
+    torch.testing.assert_close(found, wanted, atol=0.02 * float(wanted.abs().max()), rtol=0)
 
 
 def test_8_bit_products_are_offered_only_where_the_largest_ones_are_right(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,12 +50,21 @@ def test_a_footprint_is_counted_from_the_shape() -> None:
     # Twice 200 for the MLP, five times queries (32) and keys with values (32), six times the hidden size.
     assert found.pass_token == (400 + 5 * 64 + 6 * 32) * 4
     assert found.logits_row == 3 * 100 * 4
+    assert found.attended == 4 + 1
     kept = Footprint.of(LlamaForCausalLM(shape), torch.bfloat16)
     assert kept == replace(found, cached_token=found.cached_token // 2)
 
 
+def test_layers_with_a_window_take_a_mask_of_their_own() -> None:
+    shape = LlamaConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = LlamaForCausalLM(shape)
+    plain = Footprint.of(model)
+    model.config.sliding_window = 4
+    assert Footprint.of(model) == replace(plain, attended=2 * 4 + 1)
+
+
 def test_slots_fill_the_budget_and_never_more() -> None:
-    model = Footprint(cached_token=10, pass_token=3, logits_row=40)
+    model = Footprint(cached_token=10, pass_token=3, logits_row=40, attended=5)
     needs = {"capacity": 8, "num_shared": 5, "num_pass_tokens": 20}
     # Once: 20 tokens of activations, 20 x 13 mask entries of 5 bytes, two shared beginnings of 5 tokens.
     fixed, slot = 20 * 3 + 5 * 20 * 13 + 2 * 5 * 10, 8 * 10 + 40 + 3
@@ -93,8 +102,8 @@ def test_answers_are_the_same_within_any_budget(generator: HfGenerator) -> None:
     footprint = Footprint.of(generator.model)
     least = (
         int(footprint.cached_token * longest * 2)
-        + footprint.pass_token * (512 + 2 * longest)
-        + 5 * (512 + 2 * longest) * (2 * longest)
+        + footprint.pass_token * (512 + 3 * longest)
+        + 5 * (512 + 3 * longest) * (2 * longest)
     )
     for budget in (least, 2 * least, 10**9):
         found = answers(replace(generator, memory=budget), requests)
@@ -166,9 +175,10 @@ def test_a_longer_shared_beginning_is_planned_for_when_it_comes(generator: HfGen
     def budget(shared: int) -> int:
         longest = max(len(generator.tokens.prompt_ids(request)) for request in short) - prefixes[0]
         capacity = 64 * -(-(longest + 20) // 64)
-        attended = 5 * (512 + capacity) * (capacity + prefixes[1])
+        num_pass_tokens = 512 + capacity + prefixes[1]
+        attended = 5 * num_pass_tokens * (capacity + prefixes[1])
         slot = capacity * footprint.cached_token + footprint.logits_row + footprint.pass_token
-        return (512 + capacity) * footprint.pass_token + attended + shared + slot
+        return num_pass_tokens * footprint.pass_token + attended + shared + slot
 
     assert [one.error for one in answers(replace(few, memory=budget(for_long)), [*short, *long])] == [None] * 21
     with pytest.raises(GenerationError, match="too little for one answer"):

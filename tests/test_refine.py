@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typer.testing import CliRunner
 
 from tests.test_training import CONFIG as DISTILL
@@ -183,6 +184,28 @@ def test_microbatches_change_nothing(student: Path, tmp_path: Path) -> None:
     assert losses[0][-1] > 0
     assert largest_difference(*folders) < 2e-5
     assert largest_difference(folders[0], student) > 1e-3
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_layers_may_be_computed_again(
+    student: Path, tmp_path: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights, from more passes through the layers."""
+    real, counts = LlamaDecoderLayer.forward, [0, 0]
+    folders: list[Path] = []
+
+    def counted(self: LlamaDecoderLayer, *args: Any, **kwargs: Any) -> Any:
+        counts[len(folders)] += 1
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    for is_again in (False, True):
+        options: dict[str, Any] = {"algorithm": algorithm, "num_steps": 3, "temperature": 1.5}
+        done = run(student, tmp_path / f"{is_again}", is_recomputed=is_again, **options)
+        folders.append(done.checkpoint)
+    assert counts[1] > counts[0]
+    assert largest_difference(*folders) < 1e-6
+    assert largest_difference(folders[0], student) > 1e-4
 
 
 def test_replay_keeps_what_was_distilled(student: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from whyrank import Reranker
 from whyrank.checkpoint import CARD_NAME, read_card
@@ -514,6 +515,28 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(
     # The last state that was saved before the stop; on_step comes before the state of its step is saved.
     first = (stops[-1] - 1) // 4 * 4 + 1
     assert steps == list(range(first, 15))
+    assert_same_run(resumed, whole)
+
+
+def test_a_run_may_go_on_with_layers_that_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer runs twice a step then, and the weights are those that they would have been."""
+    config, num_calls = replace(SHORT, num_steps=6), 0
+    real = LlamaDecoderLayer.forward
+
+    def counted(self: LlamaDecoderLayer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    whole = train(tmp_path / "whole", config)
+    num_plain, num_calls = num_calls, 0
+    with pytest.raises(Stopped):
+        train(tmp_path / "stopped", config, stop_after(5))
+    num_before, num_calls = num_calls, 0
+    assert num_before == num_plain * 5 / 6
+    resumed = train(tmp_path / "stopped", replace(config, is_recomputed=True))
+    assert num_calls == 2 * num_plain * 2 / 6  # two steps were left, after the state of step 4
     assert_same_run(resumed, whole)
 
 

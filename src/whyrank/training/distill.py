@@ -169,7 +169,8 @@ def distill(
     # What is trained on, not where it came from: a judgment's key stays when its label is made anew.
     often = () if weights is None else map(repr, drawn)
     data = [*(content_key(repr(example)) for example in (*examples, *to_search)), *often, *([dev.key] if dev else [])]
-    identity = content_key(template.version, repr(config), *data)
+    # A run that lacked memory may go on with layers that are computed again: that changes no step.
+    identity = content_key(template.version, repr(replace(config, is_recomputed=False)), *data)
     trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
     done = Distilled(
         checkpoint=out,

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -390,7 +390,9 @@ def _identity(start: str, data: RefineData, template: Template, config: RefineCo
     """
     texts = {q: data.queries[q].text for q, _ in data.evidence if q in data.queries}
     documents = {d: data.documents[d].full_text for _, d in data.evidence if d in data.documents}
-    parts = (start, template.version, repr(config), repr(list(data.evidence.items())), repr(sorted(texts.items())))
+    # A run that lacked memory may go on with layers that are computed again: that changes no step.
+    chosen = repr(replace(config, is_recomputed=False))
+    parts = (start, template.version, chosen, repr(list(data.evidence.items())), repr(sorted(texts.items())))
     return content_key(
         *parts, repr(sorted(documents.items())), repr(data.replay), data.dev.key if data.dev is not None else ""
     )

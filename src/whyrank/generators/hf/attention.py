@@ -5,7 +5,7 @@ queries, keys and values, and hand them over with the `Packing` (`packing.py`) t
 
 Sequences that write one token each are attended to together: their own keys in one batched product, and every shared
 store once for all the sequences that it belongs to. The parts are put together by their log-sum-exp (Milakov &
-Gimelshein 2018, arXiv 1805.02867), which is exact. On CPUs a compiled loop does both (`kernels.py`).
+Gimelshein 2018, arXiv 1805.02867), which is exact. In float32 on CPUs, a compiled loop does both (`kernels.py`).
 
 In the last layer, only tokens whose logits are wanted ask; the others are there to be seen (`last_layer.py`).
 """
@@ -134,23 +134,23 @@ class _Rule:
         """Whether torch's own fused attention follows it."""
         return self.softcap is None and self.sinks is None
 
-    def part(self, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    def part(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Attention to some of the keys.
 
         Args:
             queries: `(rows, heads, queries, size)`.
             keys: `(rows, heads, keys, size)`; `values` likewise.
             values: see `keys`.
-            hidden: what is added to the scores, 0 or very little; broadcasts to `(rows, heads, queries, keys)`.
+            mask: what is added to the scores, 0 or very little; broadcasts to `(rows, heads, queries, keys)`.
 
         Returns:
-            Output `(rows, heads, queries, size)` and log-sum-exp `(rows, heads, queries)`, float32.
+            Output `(rows, heads, queries, size)`, and log-sum-exp `(rows, heads, queries)` in float32.
         """
         scores = (queries @ keys.transpose(-1, -2)).float() * self.scaling
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
-        if hidden is not None:
-            scores = scores + hidden
+        if mask is not None:
+            scores = scores + mask
         total = scores.logsumexp(dim=-1)
         return (scores - total[..., None]).exp().to(values.dtype) @ values, total
 
@@ -171,36 +171,33 @@ def _attend_several(queries: Tensor, span: Span, packing: Packing, layer: int, r
         (torch.cat([part[which] for part in parts], dim=1) if len(parts) > 1 else parts[0][which]).to(queries.dtype)
         for which in (0, 1)
     )
-    mask = packing.causal_mask(keys.shape[1], queries.shape[1], rule.window)
-    if rule.is_plain:
-        return _fused_attention(queries, keys, values, mask, rule.scaling)
-    if mask is None:
-        mask = hidden(torch.ones(queries.shape[1], keys.shape[1], device=keys.device).tril() > 0)
-    num_groups = queries.shape[0] // keys.shape[0]
-    repeated = [tensor.repeat_interleave(num_groups, dim=0)[None] for tensor in (keys, values)]
-    out, total = rule.part(queries[None], repeated[0], repeated[1], mask)
-    return rule.with_sinks(out[0], total[0], heads_at=0)
-
-
-def _fused_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """torch's own, for consecutive tokens; without a mask they see themselves and all before."""
     num_queries, num_keys = queries.shape[1], keys.shape[1]
-    at_once = QUERIES_AT_ONCE if is_compiled(queries) and mask is not None else num_queries
+    mask = packing.causal_mask(num_keys, num_queries, rule.window)
+    at_once = QUERIES_AT_ONCE if queries.device.type == "cpu" else num_queries
     found = []
     for start in range(0, num_queries, at_once):
         end = min(start + at_once, num_queries)
         num_seen = num_keys - num_queries + end  # by the last of these queries
-        part = scaled_dot_product_attention(
-            queries[None, :, start:end],
-            keys[None, :, :num_seen],
-            values[None, :, :num_seen],
-            attn_mask=None if mask is None else mask[start:end, :num_seen].to(queries.dtype),
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=queries.shape[0] > keys.shape[0],
-        )
-        found.append(part[0])
+        part = queries[:, start:end], keys[:, :num_seen], values[:, :num_seen], mask[start:end, :num_seen]
+        found.append(_attend_some(*part, rule))
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def _attend_some(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, rule: _Rule) -> Tensor:
+    """`(heads, queries, size)`: torch's fused attention where it follows the rule."""
+    num_groups = queries.shape[0] // keys.shape[0]
+    if rule.is_plain:
+        return scaled_dot_product_attention(
+            queries[None],
+            keys[None],
+            values[None],
+            attn_mask=mask.to(queries.dtype),
+            scale=rule.scaling,
+            enable_gqa=num_groups > 1,
+        )[0]
+    repeated = [tensor.repeat_interleave(num_groups, dim=0)[None] for tensor in (keys, values)]
+    out, total = rule.part(queries[None], repeated[0], repeated[1], mask)
+    return rule.with_sinks(out[0], total[0], heads_at=0)
 
 
 def _attend_single_compiled(queries: Tensor, packing: Packing, layer: int, rule: _Rule) -> Tensor:
@@ -210,7 +207,7 @@ def _attend_single_compiled(queries: Tensor, packing: Packing, layer: int, rule:
     asked = queries[:, : len(packing.single)].transpose(0, 1).unflatten(1, (keys.shape[1], -1)).contiguous()
     out = asked.new_zeros((*asked.shape[:3], values.shape[3]))
     total = asked.new_full(asked.shape[:3], -torch.inf)
-    shared, own = packing.rows(rule.window)
+    shared, own = packing.seen(rule.window)
     for store, seen in shared:
         some_keys, some_values = (tensor[None] for tensor in store.layers[layer])
         attend_rows(asked, some_keys, some_values, seen, out, total, scaling=rule.scaling, softcap=rule.softcap)

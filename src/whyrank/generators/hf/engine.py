@@ -211,7 +211,7 @@ class Engine:
             self._memory,
             capacity=capacity,
             num_shared=self._num_shareable // 2,
-            num_pass_tokens=self._max_pass_tokens + capacity,
+            num_pass_tokens=self._max_pass_tokens + capacity + self._num_shareable // 2,
             most=most,
         )
         return Pool(num_slots, capacity, self._kept_dtype)

@@ -1,7 +1,7 @@
 """Loops that torch has no fast form of, compiled for this processor by numba when they are first called.
 
 `attend_rows` is attention of sequences that write one token each. Almost all its time goes into reading keys and values
-once, and torch's kernels, made for many queries per sequence, read them at a third of the speed (docs/log.md). The
+once, and torch's kernels, made for many queries per sequence, read them at less than half the speed (docs/log.md). The
 others put into one pass over memory what torch does in ten: 8-bit rows, and a gated MLP's product on the way to them.
 
 What is compiled is kept beside this file or in the user's cache. Everything is computed in float32, on the CPU; keys
@@ -11,6 +11,7 @@ and values may be kept in bfloat16, of which half as many bytes have to be read.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -24,7 +25,7 @@ from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Activation", "Rows", "attend_rows", "gated_rows", "is_compiled", "quantize_rows", "write_rows"]
+__all__ = ["Activation", "Seen", "attend_rows", "gated_rows", "is_compiled", "quantize_rows", "write_rows"]
 
 Activation = Literal["swish", "gelu"]
 LARGEST, ZERO = 127, 128  # of 8-bit rows: they are stored without a sign, because oneDNN's products of those are faster
@@ -77,7 +78,7 @@ def _float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]  # cal
 
 def _wide(number: Any) -> Any:
     """A float32 as it is; of a bfloat16, which comes as an integer, the float32 that begins with its bits."""
-    raise NotImplementedError("for compiled code only")
+    raise NotImplementedError("known to compiled code only")
 
 
 @overload(_wide)
@@ -90,7 +91,7 @@ def _wide_compiled(number):  # type: ignore[no-untyped-def]
 # ---- attention -------------------------------------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
+class Seen(NamedTuple):
     """Which queries see which keys: query `rows[i]` those of `slots[i]` from `starts[i]` up to `ends[i]`; int64."""
 
     rows: NDArray[np.int64]
@@ -103,7 +104,7 @@ def attend_rows(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    seen: Rows,
+    seen: Seen,
     out: Tensor,
     total: Tensor,
     *,
@@ -164,48 +165,50 @@ def _attend(
     scores = np.empty(keys.shape[2], float32)
     powers = np.empty(keys.shape[2], np.int32)
     found = np.empty(values.shape[3], float32)
-    for head in range(num_heads):  # of what many sequences see, one head's keys stay in the caches
-        for i in range(first, len(rows), step):
-            num = ends[i] - starts[i]
-            if num <= 0:
-                continue
-            own_keys = keys[slots[i], head, starts[i] : ends[i]]
-            own_values = values[slots[i], head, starts[i] : ends[i]]
-            for group in range(num_groups):
-                query = queries[rows[i], head, group]
-                top = float32(-math.inf)
-                for token in range(num):
-                    score = float32(0)
-                    for place in range(len(query)):
-                        score += query[place] * _wide(own_keys[token, place])
-                    score *= scaling
-                    if softcap > 0:
-                        score = softcap * math.tanh(score / softcap)
-                    scores[token] = score
-                    top = max(top, score)
-                for token in range(num):
-                    scores[token] -= top
-                _exponentials(scores, powers, num)
-                weight = float32(0)
-                for token in range(num):
-                    weight += scores[token]
-                found[:] = 0
-                for token in range(num):
-                    share = scores[token]
-                    for place in range(len(found)):
-                        found[place] += share * _wide(own_values[token, place])
-                before, own = total[rows[i], head, group], top + math.log(weight)
-                both = max(before, own) + math.log1p(math.exp(-abs(before - own)))
-                keep, add = float32(math.exp(before - both)), float32(math.exp(own - both) / weight)
+    for item in range(first, num_heads * len(rows), step):
+        # Head by head: of what many sequences see, one head's keys stay in the caches.
+        head, i = item // len(rows), item % len(rows)
+        num = ends[i] - starts[i]
+        if num <= 0:
+            continue
+        own_keys = keys[slots[i], head, starts[i] : ends[i]]
+        own_values = values[slots[i], head, starts[i] : ends[i]]
+        for group in range(num_groups):
+            query = queries[rows[i], head, group]
+            top = float32(-math.inf)
+            for token in range(num):
+                score = float32(0)
+                for place in range(len(query)):
+                    score += query[place] * _wide(own_keys[token, place])
+                score *= scaling
+                if softcap > 0:
+                    score = softcap * math.tanh(score / softcap)
+                scores[token] = score
+                top = max(top, score)
+            for token in range(num):
+                scores[token] -= top
+            _exponentials(scores, powers, num)
+            weight = float32(0)
+            for token in range(num):
+                weight += scores[token]
+            found[:] = 0
+            for token in range(num):
+                share = scores[token]
                 for place in range(len(found)):
-                    out[rows[i], head, group, place] = keep * out[rows[i], head, group, place] + add * found[place]
-                total[rows[i], head, group] = both
+                    found[place] += share * _wide(own_values[token, place])
+            before, own = total[rows[i], head, group], top + math.log(weight)
+            both = max(before, own) + math.log1p(math.exp(-abs(before - own)))
+            keep, add = float32(math.exp(before - both)), float32(math.exp(own - both) / weight)
+            for place in range(len(found)):
+                out[rows[i], head, group, place] = keep * out[rows[i], head, group, place] + add * found[place]
+            total[rows[i], head, group] = both
 
 
 @_compiled
 def _exponentials(values: Array, powers: Array, num: int) -> None:
-    """exp of values from -inf to 0 in place, to one in 10**7: two to a whole number, times a Taylor polynomial. Unlike
-    calls of the library's exp, this is done for many values at once. `powers` is space for int32."""
+    """exp of values from -inf to 0, in place: two to a whole number, times a Taylor polynomial. Right but for rounding
+    near 0, to five millionths at the far end. Unlike calls of the library's exp, this is done for many values at once.
+    `powers` is space for int32."""
     for i in range(num):
         halvings = max(values[i] * float32(1.4426950408889634), float32(-126))
         whole = np.floor(halvings + float32(0.5))
@@ -226,11 +229,17 @@ def _exponentials(values: Array, powers: Array, num: int) -> None:
 # ---- 8-bit rows ------------------------------------------------------------------------------------------------
 
 
+def _matrix(rows: Tensor) -> Array:
+    """`(…, features)` as a matrix over the same memory; refuses what is not contiguous, which would be a copy."""
+    found: Array = rows.view(-1, rows.shape[-1]).numpy()
+    return found
+
+
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit rows `(…, features)`, from 1 to 255 with 128 for zero, and the scale of each, `(…, 1)`, float32."""
     rows = rows.float().contiguous()
     small, scales = rows.new_empty(rows.shape, dtype=torch.uint8), rows.new_empty((*rows.shape[:-1], 1))
-    flat = (rows.flatten(0, -2).numpy(), small.flatten(0, -2).numpy(), scales.flatten().numpy())
+    flat = _matrix(rows), _matrix(small), scales.view(-1).numpy()
     _in_threads(rows.numel(), lambda i, n: _quantize(*flat, i, n))
     return small, scales
 
@@ -249,7 +258,7 @@ def _quantize_row(row: Array, small: Array) -> Any:
     largest_bits = np.int32(228737632)
     for place in range(len(row)):
         largest_bits = max(largest_bits, np.int32(bits[place] & np.int32(0x7FFFFFFF)))
-    largest = np.array([largest_bits]).view(np.float32)[0]
+    largest: Any = _float_of_bits(largest_bits)  # type: ignore[call-arg]
     steps = float32(LARGEST) / largest
     for place in range(len(row)):
         small[place] = np.uint8(np.int32(np.rint(row[place] * steps)) + np.int32(ZERO))
@@ -265,9 +274,9 @@ def gated_rows(activation: Activation, gate: Tensor, up: Tensor, scales: Tensor)
         up: likewise.
         scales: `(…, 1)`.
     """
-    small, found = gate.new_empty(gate.shape, dtype=torch.uint8), torch.empty_like(scales)
-    flat = gate.flatten(0, -2).numpy(), up.flatten(0, -2).numpy(), small.flatten(0, -2).numpy()
-    ends = scales.flatten().numpy(), found.flatten().numpy()
+    small, found = gate.new_empty(gate.shape, dtype=torch.uint8), scales.new_empty(scales.shape)
+    flat = _matrix(gate), _matrix(up), _matrix(small)
+    ends = scales.view(-1).numpy(), found.view(-1).numpy()
     _in_threads(gate.numel(), lambda i, n: _gated(activation == "gelu", *flat, *ends, i, n))
     return small, found
 
@@ -308,3 +317,6 @@ def _in_threads(num_read: int, call: Callable[[int, int], object]) -> None:
 @cache
 def _workers(num: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num, thread_name_prefix="whyrank-kernels")
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # threads stay with the parent

@@ -23,7 +23,7 @@ __all__ = ["LastLayer"]
 class LastLayer:
     """Which layer is the last, and what in it can be asked for some tokens only: the MLP and attention's output.
 
-    Models that name these otherwise, or whose MLP returns more than a tensor, do all of the work as before.
+    Models that name these otherwise do all of the work; an MLP that returns more than a tensor does all of its own.
     """
 
     index: int | None

@@ -17,7 +17,6 @@ from whyrank.errors import GenerationError
 
 __all__ = ["Footprint"]
 
-MASK_BYTES = 5  # per token of a prompt and token that it might attend to: whether it does, and what is added
 LOGITS_COPIES = 3
 
 
@@ -26,12 +25,14 @@ class Footprint:
     """What a model needs on top of its weights, in bytes.
 
     `cached_token` is for the keys and values of one token in all layers, `pass_token` for the activations of a token
-    while a pass runs, `logits_row` for the next-token scores of one answer.
+    while a pass runs, `logits_row` for the next-token scores of one answer, `attended` for a token of a prompt and one
+    that it might attend to: what is added to their score, in layers with a window and in those without.
     """
 
     cached_token: int
     pass_token: int
     logits_row: int
+    attended: int
 
     @classmethod
     def of(cls, model: PreTrainedModel, kept: torch.dtype | None = None) -> Self:
@@ -50,6 +51,7 @@ class Footprint:
             # of attention; the residual stream with its norms. The allocator keeps some of it between layers.
             pass_token=(2 * wide + 5 * (num_heads * head_size + key_values) + 6 * shape["hidden_size"]) * size,
             logits_row=LOGITS_COPIES * shape["vocab_size"] * 4,
+            attended=4 * (1 if shape.get("sliding_window") is None else 2) + 1,  # and whether it does, for a moment
         )
 
     def num_slots(self, budget: int, *, capacity: int, num_shared: int, num_pass_tokens: int, most: int) -> int:
@@ -59,13 +61,13 @@ class Footprint:
             budget: bytes.
             capacity: tokens that a slot holds, the longest prompt without its shared beginning among them.
             num_shared: tokens of the longest shared beginning; each of two queries at once has one.
-            num_pass_tokens: the most prompt tokens in one pass.
+            num_pass_tokens: the most prompt tokens in one pass, shared beginnings included.
             most: upper bound of the result.
 
         Raises:
             GenerationError: not even one answer fits.
         """
-        attended = MASK_BYTES * num_pass_tokens * (capacity + num_shared)
+        attended = num_pass_tokens * (capacity + num_shared) * self.attended
         fixed = num_pass_tokens * self.pass_token + attended + 2 * num_shared * self.cached_token
         slot = capacity * self.cached_token + self.logits_row + self.pass_token
         found = (budget - fixed) // slot

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from whyrank.generators.hf.kernels import Rows, is_compiled
+from whyrank.generators.hf.kernels import Seen, is_compiled
 
 __all__ = ["Packing", "Pool", "Span", "Store", "hidden"]
 
@@ -132,8 +132,8 @@ class Packing:
     several: Sequence[Span]
     device: torch.device
     last_layer: int | None = None
-    _masks: dict[object, Tensor | None] = field(default_factory=dict, init=False)
-    _rows: dict[int | None, tuple[list[tuple[Store, Rows]], Rows]] = field(default_factory=dict, init=False)
+    _masks: dict[object, Tensor] = field(default_factory=dict, init=False)
+    _seen: dict[int | None, tuple[list[tuple[Store, Seen]], Seen]] = field(default_factory=dict, init=False)
 
     @cached_property
     def slots(self) -> Tensor:
@@ -166,22 +166,22 @@ class Packing:
                 offset += store.length
         return [(store, self._numbers(members), offset) for store, members, offset in found.values()]
 
-    def rows(self, window: int | None) -> tuple[list[tuple[Store, Rows]], Rows]:
+    def seen(self, window: int | None) -> tuple[list[tuple[Store, Seen]], Seen]:
         """What the single spans see, as `attend_rows` takes it: of every shared store, and of the pool."""
-        if window not in self._rows:
+        if window not in self._seen:
             places, ends = self.positions.numpy(), self.ends.numpy()
 
-            def seen(members: Numbers, slots: Numbers, ends: Numbers, offset: int | Numbers) -> Rows:
+            def by(members: Numbers, slots: Numbers, ends: Numbers, offset: int | Numbers) -> Seen:
                 starts = np.zeros_like(ends) if window is None else places[members] + 1 - window - offset
-                return Rows(members, slots, np.maximum(starts, 0), ends)
+                return Seen(members, slots, np.clip(starts, 0, ends), ends)
 
             shared = [
-                (store, seen(found.numpy(), 0 * found.numpy(), np.full(len(found), store.length), offset))
+                (store, by(found.numpy(), 0 * found.numpy(), np.full(len(found), store.length), offset))
                 for store, found, offset in self.shared
             ]
-            own = seen(np.arange(len(ends)), self.slots.numpy(), ends, places - (ends - 1))
-            self._rows[window] = shared, own
-        return self._rows[window]
+            own = by(np.arange(len(ends)), self.slots.numpy(), ends, places - (ends - 1))
+            self._seen[window] = shared, own
+        return self._seen[window]
 
     def mask(self, window: int | None) -> Tensor:
         """What is hidden of the pool from each slot, `(slots, 1, 1, tokens)`, as something to add to scores."""
@@ -195,9 +195,8 @@ class Packing:
             self._masks[window] = found = hidden(seen)[:, None, None, :]
         return found
 
-    def causal_mask(self, num_keys: int, num_queries: int, window: int | None) -> Tensor | None:
-        """What of its keys is hidden from each of a sequence's last tokens, `(queries, keys)`; `None` if they are all
-        of its tokens, and each sees itself and all before."""
+    def causal_mask(self, num_keys: int, num_queries: int, window: int | None) -> Tensor:
+        """What of its keys is hidden from each of a sequence's last tokens, `(queries, keys)`, as something to add."""
         key = (num_keys, num_queries, window)
         if key not in self._masks:
             places = torch.arange(num_keys, device=self.device)
@@ -205,8 +204,7 @@ class Packing:
             seen = places <= own
             if window is not None:
                 seen &= places > own - window
-            is_whole = num_keys == num_queries and (window is None or num_keys <= window)
-            self._masks[key] = None if is_whole else hidden(seen)
+            self._masks[key] = hidden(seen)
         return self._masks[key]
 
     def _numbers(self, numbers: list[int]) -> Tensor:
