@@ -243,6 +243,7 @@ def larger(what: str, body: str) -> str:
             row["system"],
             f"{row['num_parameters']:,.0f}",
             _with_interval(row[MEASURE], row["interval"]),
+            " ".join(f"{value:.3f}" for value in row["seeds"]),
             f"{row['label_accuracy']:.3f}",
             f"{row['tokens_per_document']:.1f}",
             f"{1000 / row['documents_per_second']:.0f}",
@@ -254,7 +255,7 @@ def larger(what: str, body: str) -> str:
         )
         for row in recorded["rows"]
     ]
-    head = ("system", "parameters", f"{MEASURE} [95 % interval]", "label accuracy", "tokens per document")
+    head = ("system", "parameters", f"{MEASURE} [95 % interval]", "seeds", "label accuracy", "tokens per document")
     more = ("ms per document", "seconds of training", "minus teacher", "minus distilled")
     return table((*head, *more), rows) + _provenance(recorded)
 
