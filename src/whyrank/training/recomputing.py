@@ -8,8 +8,8 @@ transformers' own switch acts in training mode only, and refinement keeps models
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from whyrank.errors import UnsupportedModel
+from whyrank.generators.hf.attention import attention_by
 
 __all__ = ["recompute_layers"]
 
@@ -52,19 +53,8 @@ def _recomputed(plain: Callable[..., Any], model: PreTrainedModel) -> Callable[.
         usual = model.config._attn_implementation  # the backward pass comes when it may be another one
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _attention(model, usual)
+            return nullcontext(), attention_by(model, usual)
 
         return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return forward
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
-    """Layers ask the model's config how attention is computed each time they run."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = implementation
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before

@@ -13,7 +13,7 @@ In the last layer, only tokens whose logits are wanted ask; the others are there
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from whyrank.errors import UnsupportedModel
 from whyrank.generators.hf.kernels import attend_rows, is_compiled, write_rows
 from whyrank.generators.hf.packing import Packing, Span, hidden
 
-__all__ = ["IMPLEMENTATION", "attend", "check_replaceable", "packed_attention"]
+__all__ = ["IMPLEMENTATION", "attend", "attention_by", "check_replaceable", "packed_attention"]
 
 IMPLEMENTATION = "whyrank"
 QUERIES_AT_ONCE = 64  # of a prompt on a CPU: its first tokens need not be held against its last ones
@@ -95,14 +95,19 @@ AttentionInterface.register(IMPLEMENTATION, attend)
 
 
 @contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Have a model's layers call `attend` inside the block; outside it, the model is what it was."""
+def attention_by(model: PreTrainedModel, implementation: str | None) -> Iterator[None]:
+    """Have a model's layers compute attention so inside the block: they ask its config each time they run."""
     usual = model.config._attn_implementation
-    model.config._attn_implementation = IMPLEMENTATION
+    model.config._attn_implementation = implementation
     try:
         yield
     finally:
         model.config._attn_implementation = usual
+
+
+def packed_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Have a model's layers call `attend` inside the block; outside it, the model is what it was."""
+    return attention_by(model, IMPLEMENTATION)
 
 
 def check_replaceable(model: PreTrainedModel) -> None:

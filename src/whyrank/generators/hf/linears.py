@@ -145,7 +145,7 @@ def _has_exact_int8() -> bool:
 
 
 def is_narrow(model: PreTrainedModel) -> bool:
-    """Whether a model's products have been made narrower than float32, with everything between them in float32."""
+    """Whether a model's products have been made narrower than float32, here and on a CPU."""
     return any(isinstance(module, _Laid) and module.is_narrow for module in model.modules())
 
 
