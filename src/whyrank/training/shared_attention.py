@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from whyrank.errors import UnsupportedModel
+from whyrank.generators.hf.attention import attention_by
 
 __all__ = ["IMPLEMENTATION", "Block", "attend_blocks", "shared_attention"]
 
@@ -173,12 +174,8 @@ def shared_attention(model: PreTrainedModel, blocks: Sequence[Block]) -> Iterato
     Raises:
         UnsupportedModel: its architecture computes attention in a way of its own, and never asked for the blocks.
     """
-    usual = model.config._attn_implementation
-    model.config._attn_implementation = IMPLEMENTATION
-    try:
+    with attention_by(model, IMPLEMENTATION):
         yield
-    finally:
-        model.config._attn_implementation = usual
     if not all(block.is_used for block in blocks):
         raise UnsupportedModel(
             f"{model.config.model_type} computes attention in a way of its own, which does not know shared beginnings; "
