@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from whyrank.generators.hf.compiling import compiled, is_compiled
 from whyrank.generators.hf.kernels import (
     Activation,
     Seen,
-    _compiled,
     _exponentials,
     attend_rows,
     gated_rows,
-    is_compiled,
     write_rows,
 )
 
@@ -29,7 +28,7 @@ NUM_SLOTS, NUM_HEADS, NUM_GROUPS, CAPACITY, SIZE, VALUE_SIZE = 5, 3, 2, 41, 24, 
 def _threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    monkeypatch.setattr("whyrank.generators.hf.kernels.WORTH_A_THREAD", 1)
+    monkeypatch.setattr("whyrank.generators.hf.compiling.WORTH_A_THREAD", 1)
     yield
     torch.set_num_threads(before)
 
@@ -155,7 +154,7 @@ def test_a_function_without_a_place_to_keep_it_is_compiled_all_the_same() -> Non
     exec("def twice(number):\n    return 2 * number", made)
     twice = made["twice"]
     assert callable(twice)
-    assert _compiled(twice)(21) == 42
+    assert compiled(twice)(21) == 42
 
 
 def test_what_is_not_contiguous_is_refused_and_not_copied() -> None:

@@ -23,6 +23,7 @@ from whyrank.generators import Completion, FinishReason, Request
 from whyrank.generators.explanations import Explanation, reason_to_stop, settle_explanation
 from whyrank.generators.hf.attention import packed_attention
 from whyrank.generators.hf.chat import ChatTokens, Endings
+from whyrank.generators.hf.kernels import best_tokens
 from whyrank.generators.hf.labels import label_log_probs, prefixes_to_visit
 from whyrank.generators.hf.last_layer import LastLayer
 from whyrank.generators.hf.linears import is_narrow
@@ -324,9 +325,8 @@ class Engine:
         """Append one token to every answer that is being written, and settle those that end with it."""
         if not rows:
             return
-        logits = torch.stack([found for _, found in rows])
-        best, total = logits.max(dim=-1), logits.logsumexp(dim=-1)
-        greedy, log_probs = best.indices.tolist(), (best.values - total).tolist()
+        tokens, best = best_tokens(torch.stack([found for _, found in rows]))
+        greedy, log_probs = tokens.tolist(), best.tolist()
         for number, (answer, found) in enumerate(rows):
             token, log_prob = greedy[number], log_probs[number]
             if answer.request.sampling.temperature > 0:

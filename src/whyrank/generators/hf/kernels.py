@@ -11,59 +11,35 @@ and values may be kept in bfloat16, of which half as many bytes have to be read.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from numba.core import types
 from numba.extending import intrinsic, overload
-from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Activation", "Seen", "attend_rows", "gated_rows", "is_compiled", "quantize_rows", "write_rows"]
+from whyrank.generators.hf.compiling import Array, Numbers, array, compiled, in_threads, is_compiled, matrix
+
+__all__ = [
+    "Activation",
+    "Seen",
+    "attend_rows",
+    "best_tokens",
+    "gated_rows",
+    "norm_rows",
+    "quantize_rows",
+    "weigh_scores",
+    "write_rows",
+]
 
 Activation = Literal["swish", "gelu"]
 LARGEST, ZERO = 127, 128  # of 8-bit rows: they are stored without a sign, because oneDNN's products of those are faster
-WORTH_A_THREAD = 1 << 17  # numbers that are read; starting a thread costs as much as reading a fraction of these
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-Array = NDArray[Any]
-# Sums may be taken in any order, a product and a sum in one step; infinities and NaN stay what they are. Division by 0
-# gives infinity, as in numpy: raising an exception would take a test per number.
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
-    "error_model": "numpy",
-}
 float32 = np.float32
 
 
-def _compiled(function: Function) -> Function:
-    """Compiled on its first call, without the interpreter's lock, and kept on disk where there is a place to write."""
-    try:
-        made = numba.njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:  # nowhere to write, as in a read-only container: every process compiles for itself
-        made = numba.njit(**OPTIONS)(function)
-    return cast(Function, made)
-
-
-def is_compiled(tensor: Tensor) -> bool:
-    """Whether there are loops for tensors like this one."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
-
-
 # ---- bfloat16 ------------------------------------------------------------------------------------------------
-
-
-def _array(tensor: Tensor) -> Array:
-    """The tensor's memory; numpy has no bfloat16, so that these come as 16-bit integers."""
-    bits: Array = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return bits
 
 
 @intrinsic
@@ -88,16 +64,38 @@ def _wide_compiled(number):  # type: ignore[no-untyped-def]
     return lambda number: number
 
 
+def _put(row: Array, numbers: Array) -> None:
+    """Write float32 numbers into a row of them, or of bfloat16, to which they are rounded."""
+    raise NotImplementedError("known to compiled code only")
+
+
+@overload(_put)
+def _put_compiled(row: Any, numbers: Any) -> Any:
+    return _put_narrow if isinstance(row.dtype, types.Integer) else _put_wide
+
+
+def _put_wide(row: Any, numbers: Any) -> None:
+    for place in range(len(numbers)):
+        row[place] = numbers[place]
+
+
+def _put_narrow(row: Any, numbers: Any) -> None:
+    bits = numbers.view(np.int32)
+    for place in range(len(numbers)):
+        is_odd = (bits[place] >> np.int32(16)) & np.int32(1)  # to the nearest, halves to the even one
+        row[place] = np.int16((bits[place] + np.int32(0x7FFF) + is_odd) >> np.int32(16))
+
+
 # ---- attention -------------------------------------------------------------------------------------------------
 
 
 class Seen(NamedTuple):
     """Which queries see which keys: query `rows[i]` those of `slots[i]` from `starts[i]` up to `ends[i]`; int64."""
 
-    rows: NDArray[np.int64]
-    slots: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
+    rows: Numbers
+    slots: Numbers
+    starts: Numbers
+    ends: Numbers
 
 
 def attend_rows(
@@ -126,26 +124,26 @@ def attend_rows(
         scaling: factor of the scores.
         softcap: scores are squeezed into (-softcap, softcap) by tanh.
     """
-    arrays = _array(queries), _array(keys), _array(values)
+    arrays = array(queries), array(keys), array(values)
     num_read = int((seen.ends - seen.starts).sum()) * keys.shape[1] * (keys.shape[3] + values.shape[3])
     scales = float32(scaling), float32(softcap or 0.0)
     found: tuple[Array, Array] = out.numpy(), total.numpy()
-    _in_threads(num_read, lambda i, n: _attend(*arrays, *seen, *scales, *found, i, n))
+    in_threads(num_read, lambda i, n: _attend(*arrays, *seen, *scales, *found, i, n))
 
 
 def write_rows(pool: Tensor, rows: Tensor, slots: Tensor, places: Tensor) -> None:
     """Put `rows[i]`, `(heads, size)`, into `pool[slots[i]]`, `(heads, capacity, size)`, at `places[i]`."""
-    _write(_array(pool), _array(rows.to(pool.dtype).contiguous()), slots.numpy(), places.numpy())
+    _write(array(pool), array(rows.to(pool.dtype).contiguous()), slots.numpy(), places.numpy())
 
 
-@_compiled
+@compiled
 def _write(pool: Array, rows: Array, slots: Array, places: Array) -> None:
     for i in range(len(rows)):
         for head in range(rows.shape[1]):
             pool[slots[i], head, places[i]] = rows[i, head]
 
 
-@_compiled
+@compiled
 def _attend(
     queries: Array,
     keys: Array,
@@ -174,28 +172,10 @@ def _attend(
         own_keys = keys[slots[i], head, starts[i] : ends[i]]
         own_values = values[slots[i], head, starts[i] : ends[i]]
         for group in range(num_groups):
-            query = queries[rows[i], head, group]
-            top = float32(-math.inf)
-            for token in range(num):
-                score = float32(0)
-                for place in range(len(query)):
-                    score += query[place] * _wide(own_keys[token, place])
-                score *= scaling
-                if softcap > 0:
-                    score = softcap * math.tanh(score / softcap)
-                scores[token] = score
-                top = max(top, score)
-            for token in range(num):
-                scores[token] -= top
-            _exponentials(scores, powers, num)
-            weight = float32(0)
-            for token in range(num):
-                weight += scores[token]
-            found[:] = 0
-            for token in range(num):
-                share = scores[token]
-                for place in range(len(found)):
-                    found[place] += share * _wide(own_values[token, place])
+            weights = scores[:num]
+            _products(queries[rows[i], head, group], own_keys, weights)
+            top, weight = _weigh_row(weights, powers, scaling, softcap)
+            _weighted_sum(weights, own_values, found)
             before, own = total[rows[i], head, group], top + math.log(weight)
             both = max(before, own) + math.log1p(math.exp(-abs(before - own)))
             keep, add = float32(math.exp(before - both)), float32(math.exp(own - both) / weight)
@@ -204,7 +184,106 @@ def _attend(
             total[rows[i], head, group] = both
 
 
-@_compiled
+@compiled
+def _products(query: Array, keys: Array, scores: Array) -> None:
+    """The product of a query with each key; four at a time, so that additions need not wait for each other."""
+    rest = len(keys) // 4 * 4
+    for token in range(0, rest, 4):
+        key, key1, key2, key3 = keys[token], keys[token + 1], keys[token + 2], keys[token + 3]
+        sum_ = sum1 = sum2 = sum3 = float32(0)
+        for place in range(len(query)):
+            number = query[place]
+            sum_ += number * _wide(key[place])
+            sum1 += number * _wide(key1[place])
+            sum2 += number * _wide(key2[place])
+            sum3 += number * _wide(key3[place])
+        scores[token], scores[token + 1], scores[token + 2], scores[token + 3] = sum_, sum1, sum2, sum3
+    for token in range(rest, len(keys)):
+        sum_ = float32(0)
+        for place in range(len(query)):
+            sum_ += query[place] * _wide(keys[token, place])
+        scores[token] = sum_
+
+
+@compiled
+def _weighted_sum(weights: Array, values: Array, found: Array) -> None:
+    """The sum of weighted values; four at a time, so that it is read and written a quarter as often."""
+    found[:] = 0
+    rest = len(values) // 4 * 4
+    for token in range(0, rest, 4):
+        value, value1, value2, value3 = values[token], values[token + 1], values[token + 2], values[token + 3]
+        weight, weight1, weight2, weight3 = weights[token], weights[token + 1], weights[token + 2], weights[token + 3]
+        for place in range(len(found)):
+            first = weight * _wide(value[place]) + weight1 * _wide(value1[place])
+            found[place] += first + weight2 * _wide(value2[place]) + weight3 * _wide(value3[place])
+    for token in range(rest, len(values)):
+        for place in range(len(found)):
+            found[place] += weights[token] * _wide(values[token, place])
+
+
+def weigh_scores(scores: Tensor, starts: Numbers, ends: Numbers, *, scaling: float) -> None:
+    """Turn scores into weights, in place: a softmax over what each query sees, 0 for the rest.
+
+    Args:
+        scores: products of queries and keys, `(heads, queries, keys)`, float32 or bfloat16, contiguous.
+        starts: the first key that each query sees.
+        ends: behind the last key that it sees; it sees one at least.
+        scaling: factor of the scores.
+    """
+    arrays = array(scores), starts, ends, float32(scaling)
+    in_threads(scores.numel(), lambda i, n: _weigh(*arrays, i, n))
+
+
+@compiled
+def _weigh(scores: Array, starts: Array, ends: Array, scaling: np.float32, first: int, step: int) -> None:
+    num_heads, num_queries, num_keys = scores.shape
+    wide = np.empty(num_keys, float32)
+    powers = np.empty(num_keys, np.int32)
+    for item in range(first, num_heads * num_queries, step):
+        head, query = item // num_queries, item % num_queries
+        start, end = starts[query], ends[query]
+        row, weights = scores[head, query], wide[: end - start]
+        seen = row[start:end]  # an index of its own: with sums for indices, loops do many at once no more
+        for place in range(len(weights)):
+            weights[place] = _wide(seen[place])
+        _, sum_ = _weigh_row(weights, powers, scaling, float32(0))
+        for place in range(len(weights)):
+            weights[place] /= sum_
+        row[:start] = 0
+        row[end:] = 0
+        _put(seen, weights)
+
+
+@compiled
+def _weigh_row(scores: Array, powers: Array, scaling: np.float32, softcap: np.float32) -> tuple[Any, Any]:
+    """In place, exp of each score minus the largest one; returns that one and the sum. `powers` is space for int32."""
+    for place in range(len(scores)):
+        scores[place] *= scaling
+    if softcap > 0:
+        for place in range(len(scores)):
+            scores[place] = softcap * math.tanh(scores[place] / softcap)
+    top = _largest(scores)
+    for place in range(len(scores)):
+        scores[place] -= top
+    _exponentials(scores, powers, len(scores))
+    sum_ = float32(0)
+    for place in range(len(scores)):
+        sum_ += scores[place]
+    return top, sum_
+
+
+@compiled
+def _largest(row: Array) -> Any:
+    """Of float32 numbers, found by comparing integers, which is done for many at once: the bits of numbers from 0 on
+    are in their order, those of others in the opposite one. NaN comes out where there is one without a sign."""
+    bits = row.view(np.int32)
+    largest = np.int32(-0x7FFFFFFF)
+    for place in range(len(row)):
+        largest = max(largest, np.int32(bits[place] ^ ((bits[place] >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+    return _float_of_bits(np.int32(largest ^ ((largest >> np.int32(31)) & np.int32(0x7FFFFFFF))))  # type: ignore[call-arg]
+
+
+@compiled
 def _exponentials(values: Array, powers: Array, num: int) -> None:
     """exp of values from -inf to 0, in place: two to a whole number, times a Taylor polynomial. Right but for rounding
     near 0, to five millionths at the far end. Unlike calls of the library's exp, this is done for many values at once.
@@ -229,28 +308,22 @@ def _exponentials(values: Array, powers: Array, num: int) -> None:
 # ---- 8-bit rows ------------------------------------------------------------------------------------------------
 
 
-def _matrix(rows: Tensor) -> Array:
-    """`(…, features)` as a matrix over the same memory; refuses what is not contiguous, which would be a copy."""
-    found: Array = rows.view(-1, rows.shape[-1]).numpy()
-    return found
-
-
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit rows `(…, features)`, from 1 to 255 with 128 for zero, and the scale of each, `(…, 1)`, float32."""
     rows = rows.float().contiguous()
     small, scales = rows.new_empty(rows.shape, dtype=torch.uint8), rows.new_empty((*rows.shape[:-1], 1))
-    flat = _matrix(rows), _matrix(small), scales.view(-1).numpy()
-    _in_threads(rows.numel(), lambda i, n: _quantize(*flat, i, n))
+    flat = matrix(rows), matrix(small), scales.view(-1).numpy()
+    in_threads(rows.numel(), lambda i, n: _quantize(*flat, i, n))
     return small, scales
 
 
-@_compiled
+@compiled
 def _quantize(rows: Array, small: Array, scales: Array, first: int, step: int) -> None:
     for row in range(first, len(rows), step):
         scales[row] = _quantize_row(rows[row], small[row])
 
 
-@_compiled
+@compiled
 def _quantize_row(row: Array, small: Array) -> Any:
     # Of numbers without their sign, the order is that of their bits, and these are compared many at a time. At least
     # 10**-30, so that the scale of a row of zeros and its inverse are finite.
@@ -275,13 +348,13 @@ def gated_rows(activation: Activation, gate: Tensor, up: Tensor, scales: Tensor)
         scales: `(…, 1)`.
     """
     small, found = gate.new_empty(gate.shape, dtype=torch.uint8), scales.new_empty(scales.shape)
-    flat = _matrix(gate), _matrix(up), _matrix(small)
+    flat = matrix(gate), matrix(up), matrix(small)
     ends = scales.view(-1).numpy(), found.view(-1).numpy()
-    _in_threads(gate.numel(), lambda i, n: _gated(activation == "gelu", *flat, *ends, i, n))
+    in_threads(gate.numel(), lambda i, n: _gated(activation == "gelu", *flat, *ends, i, n))
     return small, found
 
 
-@_compiled
+@compiled
 def _gated(
     is_gelu: bool, gate: Array, up: Array, small: Array, scales: Array, found: Array, first: int, step: int
 ) -> None:
@@ -302,21 +375,62 @@ def _gated(
         found[row] = _quantize_row(products, small[row])
 
 
-# ---- threads ---------------------------------------------------------------------------------------------------
+# ---- norms and logits ------------------------------------------------------------------------------------------
 
 
-def _in_threads(num_read: int, call: Callable[[int, int], object]) -> None:
-    """`call(i, n)` for every i below n: as many threads as torch may use, or fewer if there is little to read."""
-    num = max(1, min(torch.get_num_threads(), num_read // WORTH_A_THREAD))
-    others = [_workers(torch.get_num_threads()).submit(call, i, num) for i in range(1, num)]
-    call(0, num)
-    for other in others:
-        other.result()
+def norm_rows(rows: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """`gain * rows / sqrt(mean(rows**2) + epsilon)` over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    Args:
+        rows: `(…, features)`, float32.
+        gain: `(features,)`, float32.
+        epsilon: keeps rows of zeros from being divided by zero.
+    """
+    rows = rows.contiguous()
+    found = torch.empty_like(rows)
+    arrays = matrix(rows), gain.numpy(), float32(epsilon), matrix(found)
+    in_threads(rows.numel(), lambda i, n: _norm(*arrays, i, n))
+    return found
 
 
-@cache
-def _workers(num: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num, thread_name_prefix="whyrank-kernels")
+@compiled
+def _norm(rows: Array, gain: Array, epsilon: np.float32, found: Array, first: int, step: int) -> None:
+    for i in range(first, len(rows), step):
+        row, out = rows[i], found[i]
+        sum_ = float32(0)
+        for place in range(len(row)):
+            sum_ += row[place] * row[place]
+        scale = float32(1 / math.sqrt(sum_ / float32(len(row)) + epsilon))
+        for place in range(len(row)):
+            out[place] = gain[place] * (row[place] * scale)
 
 
-os.register_at_fork(after_in_child=_workers.cache_clear)  # threads stay with the parent
+def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token with the largest logit, int64, and its natural-log probability, both `(rows,)`.
+
+    Args:
+        logits: `(rows, vocabulary)`, float32, contiguous; anywhere.
+    """
+    if not is_compiled(logits):
+        best = logits.max(dim=-1)
+        return best.indices, best.values - logits.logsumexp(dim=-1)
+    tokens, log_probs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+    arrays = logits.numpy(), tokens.numpy(), log_probs.numpy()
+    in_threads(logits.numel(), lambda i, n: _best(*arrays, i, n))
+    return tokens, log_probs
+
+
+@compiled
+def _best(logits: Array, tokens: Array, log_probs: Array, first: int, step: int) -> None:
+    shifted = np.empty(logits.shape[1], float32)
+    powers = np.empty(logits.shape[1], np.int32)
+    for i in range(first, len(logits), step):
+        row = logits[i]
+        for place in range(len(row)):
+            shifted[place] = row[place]
+        top, sum_ = _weigh_row(shifted, powers, float32(1), float32(0))
+        tokens[i], log_probs[i] = 0, -math.log(sum_)
+        for place in range(len(row)):
+            if row[place] == top:
+                tokens[i] = place
+                break

@@ -22,10 +22,12 @@ from transformers import PreTrainedModel
 
 from whyrank.errors import UnsupportedModel
 from whyrank.generators.hf.kernels import LARGEST, ZERO, Activation, gated_rows, quantize_rows
+from whyrank.generators.hf.norms import compile_norms
 
 __all__ = ["GatedMlp", "Int8Linear", "PackedLinear", "is_available", "is_narrow", "pack"]
 
 ROWS_EXPECTED = 32  # what the arrangement is chosen for; other numbers of rows are right, too
+ROWS_AT_ONCE = 256  # of an MLP with 8-bit weights
 NUM_PROBED = 4  # rows that a replaced MLP is tried with
 
 
@@ -83,7 +85,11 @@ class Int8Linear(_Laid):
         return self._scaled(*quantize_rows(rows))
 
     def gated(self, activation: Activation, up: Int8Linear, down: Int8Linear, rows: Tensor) -> Tensor:
-        """`down(activation(self(rows)) * up(rows))`."""
+        """`down(activation(self(rows)) * up(rows))`, for some rows at a time, so that products stay in the caches."""
+        parts = rows.split(ROWS_AT_ONCE, dim=-2)
+        return torch.cat([self._gated(activation, up, down, part) for part in parts], dim=-2)
+
+    def _gated(self, activation: Activation, up: Int8Linear, down: Int8Linear, rows: Tensor) -> Tensor:
         small, scales = quantize_rows(rows)
         if self._bias is None and up._bias is None:
             return down._scaled(*gated_rows(activation, self._times(small), up._times(small), scales))
@@ -152,7 +158,8 @@ def is_narrow(model: PreTrainedModel) -> bool:
 def pack(model: PreTrainedModel, *, int8: bool = False) -> int:
     """Replace a model's linear layers in place, and free their weights; returns how many were replaced.
 
-    An output matrix that is also the embedding is copied. An MLP is fused where the same rows give the same results.
+    An output matrix that is also the embedding is copied. Norms are compiled, and an MLP
+    is fused, where the same rows give the same results.
     Models on other devices or in float16 are left alone (float16 weights can become 8-bit ones).
     """
     packable = (torch.float32, torch.bfloat16, *([torch.float16] if int8 else []))
@@ -166,6 +173,7 @@ def pack(model: PreTrainedModel, *, int8: bool = False) -> int:
     for parameter in model.parameters():
         if parameter is not embedding.weight:
             parameter.data = parameter.data.float()
+    compile_norms(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             fused = _fused(child)

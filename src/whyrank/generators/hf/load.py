@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from whyrank.errors import InputError, UnsupportedModel
 from whyrank.generators.hf.adapters import Quantize, keep_differentiable, merge_from, quantization, read_adapter
+from whyrank.generators.hf.compiling import multiplies_bfloat16
 
 __all__ = [
     "DTYPES",
@@ -29,7 +29,6 @@ __all__ = [
     "Dtype",
     "load_model",
     "load_tokenizer",
-    "multiplies_bfloat16",
     "resolve_device",
     "resolve_dtype",
     "weights_digest",
@@ -78,13 +77,6 @@ def resolve_dtype(dtype: Dtype, device: torch.device, model: str | Path) -> torc
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     is_native = device.type == "cpu" and multiplies_bfloat16()
     return torch.bfloat16 if is_native and _stored_dtype(model) == torch.bfloat16 else torch.float32
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16 (AVX-512 BF16 or AMX), by its own account."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False  # torch asks x86 processors only
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _stored_dtype(model: str | Path) -> torch.dtype | None:

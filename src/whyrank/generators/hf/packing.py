@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from whyrank.generators.hf.kernels import Seen, is_compiled
+from whyrank.generators.hf.compiling import is_compiled
+from whyrank.generators.hf.kernels import Seen
 
 __all__ = ["Packing", "Pool", "Span", "Store", "hidden"]
 
