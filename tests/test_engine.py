@@ -74,21 +74,24 @@ KINDS = ("llama", "mistral", "gemma2", "gpt-oss")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_last_alone", [False, True], ids=["all tokens", "last tokens"])
-@pytest.mark.parametrize("is_on_cpu", [True, False], ids=["compiled", "plain torch"])
+@pytest.mark.parametrize("way", ["compiled", "plain torch", "narrow"])
 def test_packed_passes_equal_plain_ones(
-    kind: str, is_last_alone: bool, is_on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, is_last_alone: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two sequences behind a common prefix, one of them behind a longer one, and one alone: read together, then two
     tokens more for each, one by one. With `is_last_alone`, only each one's last token goes the whole way through the
-    last layer. On other devices nothing is compiled; that is tried here, too."""
+    last layer. On other devices nothing is compiled; that is tried here, too. Where keys and values are kept
+    in bfloat16, prompts are multiplied in it if the layer's rule allows it; three layers multiply its error."""
     model = small_model(kind)
-    if not is_on_cpu:
+    monkeypatch.setattr("whyrank.generators.hf.attention.multiplies_bfloat16", lambda: True)
+    if way == "plain torch":
         for module in ("attention", "packing"):
             monkeypatch.setattr(f"whyrank.generators.hf.{module}.is_compiled", lambda tensor: False)
     rng = random.Random(0)
     prefix, longer, *own = ([rng.randrange(3, 97) for _ in range(size)] for size in (7, 3, 4, 9, 6))
     more = [[rng.randrange(3, 97) for _ in range(2)] for _ in own]
-    pool, shared, further, last = Pool(4, 16), Store(7), Store(3), LastLayer.of(model)
+    pool = Pool(4, 16, torch.bfloat16 if way == "narrow" else None)
+    shared, further, last = Store(7), Store(3), LastLayer.of(model)
     stores = [pool.take() for _ in own]
     contexts: list[tuple[Store, ...]] = [(shared,), (shared, further), ()]
     found: list[list[Tensor]] = [[] for _ in own]
@@ -135,7 +138,8 @@ def test_packed_passes_equal_plain_ones(
             plain = model(input_ids=torch.tensor([whole]), use_cache=False).logits[0]
         logits = torch.cat(found[number])
         assert len(logits) == (3 if is_last_alone else len(ids) + 2)
-        torch.testing.assert_close(logits, plain[-len(logits) :], atol=2e-5, rtol=2e-5)
+        tolerance = 0.1 * float(plain.abs().max()) if way == "narrow" else 2e-5
+        torch.testing.assert_close(logits, plain[-len(logits) :], atol=tolerance, rtol=2e-5)
 
 
 def test_prompts_go_only_partly_through_the_last_layer(generator: HfGenerator) -> None:

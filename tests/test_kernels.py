@@ -17,7 +17,10 @@ from whyrank.generators.hf.kernels import (
     Seen,
     _exponentials,
     attend_rows,
+    best_tokens,
     gated_rows,
+    norm_rows,
+    weigh_scores,
     write_rows,
 )
 
@@ -121,6 +124,77 @@ def test_exponentials_are_right_to_four_millionths() -> None:
     assert error.max() < 5e-6
     assert found[-3] == 1
     assert (found[-2:] < 1.2e-38).all()  # the smallest number of full precision stands for all that are smaller
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_become_weights_of_what_is_seen(dtype: torch.dtype) -> None:
+    """A softmax in float64 over each query's own stretch of the keys; bfloat16 is rounded once, at the end."""
+    generator = torch.Generator().manual_seed(5)
+    scores = (torch.randn(3, 4, 50, generator=generator) * 20).to(dtype)
+    starts, ends = numbers(0, 3, 49, 10), numbers(50, 20, 50, 43)
+    wanted = torch.zeros(3, 4, 50, dtype=torch.float64)
+    for query, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        wanted[:, query, start:end] = (scores[:, query, start:end].double() * 0.3).softmax(dim=-1)
+    weigh_scores(scores, starts, ends, scaling=0.3)
+    if dtype == torch.bfloat16:
+        assert (scores.double() - wanted).abs().le(wanted * 2**-8 + 1e-9).all()
+    else:
+        torch.testing.assert_close(scores.double(), wanted, atol=1e-9, rtol=1e-5)
+    assert torch.equal(scores == 0, wanted == 0)
+
+
+def test_weights_are_rounded_as_torch_rounds() -> None:
+    """Softmax of equal scores: a third, a fifth, a seventh, in bfloat16 to the nearest."""
+    for num_seen in (1, 3, 5, 7):
+        scores = torch.full((1, 1, 8), 2.0, dtype=torch.bfloat16)
+        weigh_scores(scores, numbers(0), numbers(num_seen), scaling=1.0)
+        wanted = (torch.ones(num_seen) / num_seen).to(torch.bfloat16)
+        assert torch.equal(scores[0, 0, :num_seen], wanted)
+
+
+def test_a_score_that_is_not_a_number_spoils_its_query_alone() -> None:
+    scores = torch.zeros(1, 2, 6, dtype=torch.bfloat16)
+    scores[0, 0, 4] = torch.nan
+    weigh_scores(scores, numbers(0, 0), numbers(5, 5), scaling=1.0)
+    assert scores[0, 0, :5].isnan().all()
+    assert not scores[0, 1].isnan().any()
+
+
+@pytest.mark.usefixtures("_threads")
+def test_norms_are_what_their_definition_says() -> None:
+    rows, gain = torch.randn(2, 5, 33) * torch.tensor([1e-3, 1e3])[:, None, None], torch.randn(33)
+    rows[0, 0] = 0
+    wanted = gain.double() * rows.double() / (rows.double().square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(norm_rows(rows, gain, 1e-6).double(), wanted, atol=1e-6, rtol=1e-6)
+    turned = rows.transpose(0, 1)
+    assert torch.equal(norm_rows(turned, gain, 1e-6), norm_rows(rows, gain, 1e-6).transpose(0, 1))
+
+
+@pytest.mark.usefixtures("_threads")
+def test_the_first_of_the_best_tokens_is_chosen() -> None:
+    """Against torch in float64; of two that are alike the first, as `argmax` does."""
+    logits = torch.randn(5, 301, generator=torch.Generator().manual_seed(2)) * 10
+    logits[1, [7, 200]] = 90.0
+    logits[2] = -torch.inf
+    logits[2, 300] = 3.0
+    logits[3] = -70_000.0 + torch.arange(301)
+    kept = logits.clone()
+    tokens, log_probs = best_tokens(logits)
+    assert torch.equal(logits, kept)
+    assert tokens.tolist() == logits.argmax(dim=-1).tolist()
+    assert tokens[1] == 7
+    wanted = logits.double().log_softmax(dim=-1).amax(dim=-1)
+    torch.testing.assert_close(log_probs.double(), wanted, atol=2e-6, rtol=2e-6)
+
+
+def test_tokens_are_chosen_the_same_way_without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
+    tokens, log_probs = best_tokens(logits)
+    monkeypatch.setattr("whyrank.generators.hf.kernels.is_compiled", lambda tensor: False)
+    plain_tokens, plain_log_probs = best_tokens(logits)
+    assert torch.equal(tokens, plain_tokens)
+    torch.testing.assert_close(log_probs, plain_log_probs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -138,6 +138,18 @@ def test_an_mlp_is_fused_only_where_its_results_stay_the_same(activation: str, i
 
 
 @with_int8
+def test_many_rows_go_through_an_8_bit_mlp_in_parts() -> None:
+    """Rows do not depend on their company."""
+    model = tiny_llama(True)
+    pack(model, int8=True)
+    mlp, rows = model.model.layers[0].mlp, torch.randn(1, 600, 32)
+    with torch.inference_mode():
+        found = mlp(rows)
+        alone = torch.cat([mlp(part) for part in rows.split(77, dim=1)], dim=1)
+    torch.testing.assert_close(found, alone, atol=1e-6, rtol=1e-5)
+
+
+@with_int8
 def test_a_gated_mlp_may_have_biases() -> None:
     config = LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, mlp_bias=True)
     mlp = LlamaMLP(config)

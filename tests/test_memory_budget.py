@@ -52,7 +52,8 @@ def test_a_footprint_is_counted_from_the_shape() -> None:
     assert found.logits_row == 3 * 100 * 4
     assert found.attended == 4 + 1
     kept = Footprint.of(LlamaForCausalLM(shape), torch.bfloat16)
-    assert kept == replace(found, cached_token=found.cached_token // 2)
+    # Scores of 256 queries in 4 heads, and copies of keys and values, in 2 bytes each.
+    assert kept == replace(found, cached_token=found.cached_token // 2, scored=2 * (256 * 4 + 2 * 2 * 2 * 8))
 
 
 def test_layers_with_a_window_take_a_mask_of_their_own() -> None:
@@ -64,10 +65,10 @@ def test_layers_with_a_window_take_a_mask_of_their_own() -> None:
 
 
 def test_slots_fill_the_budget_and_never_more() -> None:
-    model = Footprint(cached_token=10, pass_token=3, logits_row=40, attended=5)
+    model = Footprint(cached_token=10, pass_token=3, logits_row=40, attended=5, scored=7)
     needs = {"capacity": 8, "num_shared": 5, "num_pass_tokens": 20}
-    # Once: 20 tokens of activations, 20 x 13 mask entries of 5 bytes, two shared beginnings of 5 tokens.
-    fixed, slot = 20 * 3 + 5 * 20 * 13 + 2 * 5 * 10, 8 * 10 + 40 + 3
+    # Once: 20 tokens of activations, 20 x 13 mask entries of 5 bytes, scores of 13 tokens, two shared beginnings of 5.
+    fixed, slot = 20 * 3 + 5 * 20 * 13 + 7 * 13 + 2 * 5 * 10, 8 * 10 + 40 + 3
     for num_slots in (1, 2, 7):
         assert model.num_slots(fixed + num_slots * slot, **needs, most=100) == num_slots
         assert model.num_slots(fixed + (num_slots + 1) * slot - 1, **needs, most=100) == num_slots

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from whyrank.errors import GenerationError
+from whyrank.generators.hf.attention_loops import QUERIES_AT_ONCE
 
 __all__ = ["Footprint"]
 
@@ -26,13 +27,15 @@ class Footprint:
 
     `cached_token` is for the keys and values of one token in all layers, `pass_token` for the activations of a token
     while a pass runs, `logits_row` for the next-token scores of one answer, `attended` for a token of a prompt and one
-    that it might attend to: what is added to their score, in layers with a window and in those without.
+    that it might attend to: what is added to their score, in layers with a window and in those without. `scored` is for
+    a token that many attend to at once: scores that are made of keys in bfloat16, and two copies of the key and value.
     """
 
     cached_token: int
     pass_token: int
     logits_row: int
     attended: int
+    scored: int
 
     @classmethod
     def of(cls, model: PreTrainedModel, kept: torch.dtype | None = None) -> Self:
@@ -52,6 +55,7 @@ class Footprint:
             pass_token=(2 * wide + 5 * (num_heads * head_size + key_values) + 6 * shape["hidden_size"]) * size,
             logits_row=LOGITS_COPIES * shape["vocab_size"] * 4,
             attended=4 * (1 if shape.get("sliding_window") is None else 2) + 1,  # and whether it does, for a moment
+            scored=2 * (QUERIES_AT_ONCE * num_heads + 2 * key_values) if kept == torch.bfloat16 else 0,
         )
 
     def num_slots(self, budget: int, *, capacity: int, num_shared: int, num_pass_tokens: int, most: int) -> int:
@@ -67,7 +71,7 @@ class Footprint:
         Raises:
             GenerationError: not even one answer fits.
         """
-        attended = num_pass_tokens * (capacity + num_shared) * self.attended
+        attended = (num_pass_tokens * self.attended + self.scored) * (capacity + num_shared)
         fixed = num_pass_tokens * self.pass_token + attended + 2 * num_shared * self.cached_token
         slot = capacity * self.cached_token + self.logits_row + self.pass_token
         found = (budget - fixed) // slot

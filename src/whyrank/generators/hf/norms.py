@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from whyrank.generators.hf.kernels import norm_rows
 
@@ -29,7 +28,7 @@ class RowNorm(torch.nn.Module):
         return norm_rows(rows.float(), self._gain, self._epsilon)
 
 
-def compile_norms(model: PreTrainedModel) -> int:
+def compile_norms(model: torch.nn.Module) -> int:
     """Replace a model's norms in place, on a CPU and with weights in float32; returns how many were replaced."""
     num_replaced = 0
     for parent in list(model.modules()):
