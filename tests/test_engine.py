@@ -28,6 +28,8 @@ from tests.checkpoints import save_checkpoint
 from whyrank.generators import Completion, Request, Sampling
 from whyrank.generators.hf import HfGenerator
 from whyrank.generators.hf.attention import packed_attention
+from whyrank.generators.hf.attention_loops import attend_several_narrow
+from whyrank.generators.hf.attention_products import Rule
 from whyrank.generators.hf.engine import rounded_up
 from whyrank.generators.hf.last_layer import LastLayer
 from whyrank.generators.hf.packing import Packing, Pool, Span, Store
@@ -84,6 +86,14 @@ def test_packed_passes_equal_plain_ones(
     in bfloat16, prompts are multiplied in it if the layer's rule allows it; three layers multiply its error."""
     model = small_model(kind)
     monkeypatch.setattr("whyrank.generators.hf.attention.multiplies_bfloat16", lambda: True)
+    num_narrow = 0
+
+    def noted(queries: Tensor, span: Span, layer: int, rule: Rule) -> Tensor:
+        nonlocal num_narrow
+        num_narrow += 1
+        return attend_several_narrow(queries, span, layer, rule)
+
+    monkeypatch.setattr("whyrank.generators.hf.attention.attention_loops.attend_several_narrow", noted)
     if way == "plain torch":
         for module in ("attention", "packing"):
             monkeypatch.setattr(f"whyrank.generators.hf.{module}.is_compiled", lambda tensor: False)
@@ -131,6 +141,7 @@ def test_packed_passes_equal_plain_ones(
     for step in range(2):
         for number, logits in enumerate(run([[ids[step]] for ids in more], stores, contexts)):
             found[number].append(logits)
+    assert (num_narrow > 0) == (way == "narrow" and kind in ("llama", "mistral"))
     for number, ids in enumerate(own):
         before = [[], prefix, [*prefix, *longer]][len(contexts[number])]
         whole = [*before, *ids, *more[number]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from whyrank.generators.hf.compiling import compiled, is_compiled
+from whyrank.generators.hf.compiling import compiling, is_compiled
 from whyrank.generators.hf.kernels import (
     Activation,
     Seen,
@@ -117,7 +117,7 @@ def test_exponentials_are_right_to_four_millionths() -> None:
     """The error grows with the number of halvings that are split off; near 0, where weights matter, it is rounding."""
     values = torch.cat([-torch.logspace(-6, 1.93, 5000), torch.tensor([0.0, -200.0, -torch.inf])])
     found = values.clone()
-    _exponentials(found.numpy(), np.empty(len(values), np.int32), len(values))
+    _exponentials(found.numpy(), np.empty(len(values), np.int32))
     wanted = values.double().exp()
     error = ((found.double() - wanted) / wanted)[:-2].abs()
     assert error[values[:-2] > -1].max() < 3e-7
@@ -228,7 +228,7 @@ def test_a_function_without_a_place_to_keep_it_is_compiled_all_the_same() -> Non
     exec("def twice(number):\n    return 2 * number", made)
     twice = made["twice"]
     assert callable(twice)
-    assert compiled(twice)(21) == 42
+    assert compiling({})(twice)(21) == 42
 
 
 def test_what_is_not_contiguous_is_refused_and_not_copied() -> None:

@@ -15,6 +15,7 @@ from tests.checkpoints import save_checkpoint
 from whyrank.errors import GenerationError, InputError
 from whyrank.generators import Completion, Request, Sampling
 from whyrank.generators.hf import HfGenerator
+from whyrank.generators.hf.linears import pack
 from whyrank.generators.hf.memory import Footprint
 from whyrank.generators.opening import ModelOptions
 from whyrank.template import Template
@@ -54,6 +55,15 @@ def test_a_footprint_is_counted_from_the_shape() -> None:
     kept = Footprint.of(LlamaForCausalLM(shape), torch.bfloat16)
     # Scores of 256 queries in 4 heads, and copies of keys and values, in 2 bytes each.
     assert kept == replace(found, cached_token=found.cached_token // 2, scored=2 * (256 * 4 + 2 * 2 * 2 * 8))
+
+
+def test_narrow_weights_do_not_make_activations_narrow() -> None:
+    """Once its weights are laid out for the CPU, a model in bfloat16 computes the rest in float32 all the same."""
+    shape = LlamaConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    wide, narrow = LlamaForCausalLM(shape), LlamaForCausalLM(shape)
+    torch.nn.Module.to(narrow, torch.bfloat16)
+    pack(narrow)
+    assert Footprint.of(narrow, torch.bfloat16).pass_token == Footprint.of(wide).pass_token
 
 
 def test_layers_with_a_window_take_a_mask_of_their_own() -> None:

@@ -84,10 +84,37 @@ class _Centred(torch.nn.Module):
         return self.weight * centred / (centred.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
 
 
+class _Outside(torch.nn.Module):
+    """Adds epsilon to the root, not below it: another norm, as small rows tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.weight * rows / (rows.square().mean(dim=-1, keepdim=True).sqrt() + self.eps)
+
+
+class _Gated(LlamaRMSNorm):
+    """The same as Llama's as long as nobody passes a gate."""
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        found: torch.Tensor = super().forward(hidden_states)
+        return found if gate is None else found * gate
+
+
 @pytest.mark.parametrize(
     "other",
-    [_Centred(), torch.nn.LayerNorm(8), torch.nn.Linear(8, 8), LlamaRMSNorm(8).to(torch.bfloat16)],
-    ids=["centred", "layer norm", "linear", "in bfloat16"],
+    [
+        _Centred(),
+        _Outside(),
+        _Gated(8),
+        torch.nn.LayerNorm(8),
+        torch.nn.BatchNorm2d(8).eval(),
+        torch.nn.Linear(8, 8),
+        LlamaRMSNorm(8).to(torch.bfloat16),
+    ],
+    ids=["centred", "epsilon outside", "gated", "layer norm", "for images", "linear", "in bfloat16"],
 )
 def test_what_is_something_else_is_left_alone(other: torch.nn.Module) -> None:
     with torch.inference_mode():

@@ -38,6 +38,7 @@ def attend_several_narrow(queries: Tensor, span: Span, layer: int, rule: Rule) -
         scores = some.flatten(1, 2) @ keys[:, :num_seen].contiguous().transpose(1, 2)
         weigh_scores(scores, starts, ends, scaling=rule.scaling)
         found.append((scores @ values[:, :num_seen]).unflatten(1, some.shape[1:3]).flatten(0, 1))
+        del scores  # or the next ones would be made beside them
     return torch.cat(found, dim=1).to(queries.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Attention over packed sequences by torch alone: for GPUs, and for precisions that compiled loops do not know."""
+"""Attention over packed sequences by torch alone: everywhere but where `attention_loops.py` has a faster way."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -15,29 +15,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Array", "Numbers", "array", "compiled", "in_threads", "is_compiled", "matrix", "multiplies_bfloat16"]
+__all__ = ["Array", "Numbers", "array", "compiling", "in_threads", "is_compiled", "matrix", "multiplies_bfloat16"]
 
 WORTH_A_THREAD = 1 << 17  # numbers that are read; starting a thread costs as much as reading a fraction of these
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Array = NDArray[Any]
 Numbers = NDArray[np.int64]
-# Sums may be taken in any order, a product and a sum in one step; infinities and NaN stay what they are. Division by 0
-# gives infinity, as in numpy: raising an exception would take a test per number.
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
-    "error_model": "numpy",
-}
 
 
-def compiled(function: Function) -> Function:
-    """Compiled on its first call, without the interpreter's lock, and kept on disk where there is a place to write."""
-    try:
-        made = numba.njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:  # nowhere to write, as in a read-only container: every process compiles for itself
-        made = numba.njit(**OPTIONS)(function)
-    return cast(Function, made)
+def compiling(options: Mapping[str, Any]) -> Callable[[Function], Function]:
+    """A decorator: compiled by numba on the first call, and kept on disk where there is a place to write.
+
+    numba makes it anew when the function's own file changes, and for nothing else; so the options should stand there.
+    """
+
+    def compiled(function: Function) -> Function:
+        try:
+            made = numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # nowhere to write, as in a read-only container: every process compiles for itself
+            made = numba.njit(**options)(function)
+        return cast(Function, made)
+
+    return compiled
 
 
 def is_compiled(tensor: Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 `attend_rows` is attention of sequences that write one token each. Almost all its time goes into reading keys and values
 once, and torch's kernels, made for many queries per sequence, read them at less than half the speed (docs/log.md). The
-others put into one pass over memory what torch does in ten: 8-bit rows, and a gated MLP's product on the way to them.
+others put into one pass over memory what torch does in several: weights of scores, 8-bit rows and a gated MLP's product
+on the way to them, norms, the choice of the next token.
 
 What is compiled is kept beside this file or in the user's cache. Everything is computed in float32, on the CPU; keys
 and values may be kept in bfloat16, of which half as many bytes have to be read.
@@ -19,7 +20,7 @@ from numba.core import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from whyrank.generators.hf.compiling import Array, Numbers, array, compiled, in_threads, is_compiled, matrix
+from whyrank.generators.hf.compiling import Array, Numbers, array, compiling, in_threads, is_compiled, matrix
 
 __all__ = [
     "Activation",
@@ -35,8 +36,11 @@ __all__ = [
 
 Activation = Literal["swish", "gelu"]
 LARGEST, ZERO = 127, 128  # of 8-bit rows: they are stored without a sign, because oneDNN's products of those are faster
-
 float32 = np.float32
+
+# Without the interpreter's lock. Sums may be taken in any order, a product and a sum in one step; infinities and NaN
+# stay what they are. Division by 0 gives infinity, as in numpy: raising an exception would take a test per number.
+compiled = compiling({"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"})
 
 
 # ---- bfloat16 ------------------------------------------------------------------------------------------------
@@ -265,7 +269,7 @@ def _weigh_row(scores: Array, powers: Array, scaling: np.float32, softcap: np.fl
     top = _largest(scores)
     for place in range(len(scores)):
         scores[place] -= top
-    _exponentials(scores, powers, len(scores))
+    _exponentials(scores, powers)
     sum_ = float32(0)
     for place in range(len(scores)):
         sum_ += scores[place]
@@ -284,11 +288,11 @@ def _largest(row: Array) -> Any:
 
 
 @compiled
-def _exponentials(values: Array, powers: Array, num: int) -> None:
+def _exponentials(values: Array, powers: Array) -> None:
     """exp of values from -inf to 0, in place: two to a whole number, times a Taylor polynomial. Right but for rounding
     near 0, to five millionths at the far end. Unlike calls of the library's exp, this is done for many values at once.
     `powers` is space for int32."""
-    for i in range(num):
+    for i in range(len(values)):
         halvings = max(values[i] * float32(1.4426950408889634), float32(-126))
         whole = np.floor(halvings + float32(0.5))
         rest = (halvings - whole) * float32(0.6931471805599453)  # at most 0.35: the next term is below 10**-8
@@ -301,7 +305,7 @@ def _exponentials(values: Array, powers: Array, num: int) -> None:
         values[i] = sum_ * rest + float32(1)
         powers[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)  # the bits of 2.0**whole
     scales = powers.view(np.float32)
-    for i in range(num):
+    for i in range(len(values)):
         values[i] *= scales[i]
 
 
@@ -368,7 +372,7 @@ def _gated(
             x = own[place] * scale
             slope = float32(1.5957691216057308) * (x + float32(0.044715) * x * x * x) if is_gelu else x
             decays[place] = -abs(slope)
-        _exponentials(decays, powers, len(own))
+        _exponentials(decays, powers)
         for place in range(len(own)):
             share = float32(1) if own[place] >= 0 else decays[place]
             products[place] = own[place] * other[place] * (scale * scale) * share / (float32(1) + decays[place])

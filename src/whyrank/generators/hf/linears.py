@@ -4,10 +4,10 @@ torch multiplies by weights as they come from the checkpoint, and rearranges the
 decoding step that costs about half as much as the product itself. oneDNN can keep its own arrangement instead, apply
 the activation of a gated MLP while the product is still in the processor's registers, and multiply 8-bit integers.
 
-Only these products are narrow, and keys and values are kept in bfloat16 with them; everything else is float32, since
-torch's attention is no faster in bfloat16 on CPUs. 8-bit weights have one scale per output, 8-bit rows one
-scale each, found when they come (Dettmers et al. 2022, arXiv 2208.07339, without its outlier columns); their products
-are summed as 32-bit integers.
+Only products are narrow, and keys and values are kept in bfloat16 with them; prompts' attention is multiplied so, too,
+where that is faster (`attention_loops.py`), everything else is float32. 8-bit weights have one scale per output, 8-bit
+rows one scale each, found when they come (Dettmers et al. 2022, arXiv 2208.07339, without its outlier columns); their
+products are summed as 32-bit integers.
 """
 
 from __future__ import annotations

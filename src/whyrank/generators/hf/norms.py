@@ -6,6 +6,8 @@ module is replaced only if it looks like one of them and gives the same rows.
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from whyrank.generators.hf.kernels import norm_rows
 
 __all__ = ["RowNorm", "compile_norms"]
 
-NUM_PROBED = 4  # rows that a replaced norm is tried with
+NUM_PROBED = 4  # rows that a replaced norm is tried with, once large and once small
 
 
 class RowNorm(torch.nn.Module):
@@ -48,11 +50,19 @@ def _compiled(module: torch.nn.Module) -> RowNorm | None:
         return None
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or list(module.children()):
         return None
+    if len(signature(module.forward).parameters) != 1:
+        return None
     rows = torch.linspace(-2, 3, NUM_PROBED * len(weight)).view(NUM_PROBED, -1)
+    rows = torch.cat([rows, rows * 1e-3])  # of small ones, epsilon is a part
     with torch.inference_mode():
-        wanted = module(rows)
+        try:
+            wanted = module(rows)
+        except (TypeError, ValueError, RuntimeError):  # made for something else than rows
+            return None
+        if not isinstance(wanted, Tensor) or wanted.shape != rows.shape:
+            return None
         for gain in (weight.detach(), 1 + weight.detach()):
             norm = RowNorm(gain, epsilon)
-            if torch.allclose(norm(rows), wanted, rtol=1e-5, atol=1e-6):
+            if torch.allclose(norm(rows), wanted, rtol=1e-5, atol=1e-7):
                 return norm
     return None

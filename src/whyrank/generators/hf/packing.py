@@ -13,15 +13,12 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from whyrank.generators.hf.compiling import is_compiled
+from whyrank.generators.hf.compiling import Numbers, is_compiled
 from whyrank.generators.hf.kernels import Seen
 
 __all__ = ["Packing", "Pool", "Span", "Store", "hidden"]
-
-Numbers = NDArray[np.int64]
 
 
 @dataclass(slots=True)
