@@ -86,6 +86,7 @@ def test_packed_passes_equal_plain_ones(
     in bfloat16, prompts are multiplied in it if the layer's rule allows it; three layers multiply its error."""
     model = small_model(kind)
     monkeypatch.setattr("whyrank.generators.hf.attention.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("whyrank.generators.hf.attention.attention_loops.FEWEST_QUERIES", 1)
     num_narrow = 0
 
     def noted(queries: Tensor, span: Span, layer: int, rule: Rule) -> Tensor:

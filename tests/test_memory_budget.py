@@ -141,8 +141,8 @@ def status(name):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 torch.set_num_threads(1)
-folder, memory = sys.argv[1], int(sys.argv[2]) or None
-generator = HfGenerator.load(folder, device="cpu", dtype="float32", memory=memory, batch_size=None if memory else 96)
+folder, memory, dtype = sys.argv[1], int(sys.argv[2]) or None, sys.argv[3]
+generator = HfGenerator.load(folder, device="cpu", dtype=dtype, memory=memory, batch_size=None if memory else 96)
 template = Template.load("explain-0-2")
 def requests(num):
     for number in range(num):
@@ -157,7 +157,8 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_a_process_keeps_to_its_budget(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_process_keeps_to_its_budget(tmp_path: Path, dtype: str) -> None:
     """And 96 answers at once take more than that: the budget is what holds them back."""
     shape = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=12, num_attention_heads=8)
     folder = save_checkpoint("llama", tmp_path)
@@ -166,7 +167,7 @@ def test_a_process_keeps_to_its_budget(tmp_path: Path) -> None:
     LlamaForCausalLM(shape).save_pretrained(folder)
 
     def taken(memory: int) -> int:
-        command = [sys.executable, "-c", MEASURE, str(folder), str(memory)]
+        command = [sys.executable, "-c", MEASURE, str(folder), str(memory), dtype]
         return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
 
     budget = 64 * 2**20

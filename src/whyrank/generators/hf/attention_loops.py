@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from whyrank.generators.hf.attention_products import Rule, seen_by
 from whyrank.generators.hf.kernels import attend_rows, weigh_scores
@@ -20,26 +21,41 @@ __all__ = ["attend_several_narrow", "attend_single"]
 # Of a prompt: its first tokens need not be held against its last ones, but every product has to be worth starting.
 QUERIES_AT_ONCE = 256
 KEYS_PER_SAMPLE = 16  # one of so many counts for the mean
+# oneDNN keeps code for each size of product it has met, over half a megabyte, and is slow when it meets a new one.
+QUERY_STEP, KEY_STEP = 64, 128
+FEWEST_QUERIES = 32  # for fewer, filling up costs more than it gains
 
 
 def attend_several_narrow(queries: Tensor, span: Span, layer: int, rule: Rule) -> Tensor:
     """`(heads, tokens, size)` for the last tokens of one sequence, as many as there are queries, by a plain rule."""
     keys, values = (tensor.bfloat16() for tensor in seen_by(span, layer))
-    keys = keys - keys[:, ::KEYS_PER_SAMPLE].mean(dim=1, keepdim=True)
     num_queries, num_keys = queries.shape[1], keys.shape[1]
+    keys = _filled_up(keys - keys[:, ::KEYS_PER_SAMPLE].mean(dim=1, keepdim=True), KEY_STEP)
+    values = _filled_up(values, KEY_STEP)
     # (key/value heads, queries per head, tokens, size)
     asked = queries.bfloat16().unflatten(0, (keys.shape[0], -1))
     found = []
     for start in range(0, num_queries, QUERIES_AT_ONCE):
-        some = asked[:, :, start : start + QUERIES_AT_ONCE]
-        ends = num_keys - num_queries + start + 1 + np.tile(np.arange(some.shape[2]), some.shape[1])
+        some = _filled_up(asked[:, :, start : start + QUERIES_AT_ONCE], QUERY_STEP)
+        places = start + np.arange(some.shape[2])
+        ends = np.where(places < num_queries, num_keys - num_queries + 1 + places, 1)  # what fills up sees one key
         starts = np.zeros_like(ends) if rule.window is None else np.maximum(ends - rule.window, 0)
-        num_seen = int(ends[-1])  # by the last of these queries
+        num_seen = _rounded_up(int(ends.max()), KEY_STEP)
+        starts, ends = np.tile(starts, some.shape[1]), np.tile(ends, some.shape[1])
         scores = some.flatten(1, 2) @ keys[:, :num_seen].contiguous().transpose(1, 2)
         weigh_scores(scores, starts, ends, scaling=rule.scaling)
         found.append((scores @ values[:, :num_seen]).unflatten(1, some.shape[1:3]).flatten(0, 1))
         del scores  # or the next ones would be made beside them
-    return torch.cat(found, dim=1).to(queries.dtype)
+    return torch.cat(found, dim=1)[:, :num_queries].to(queries.dtype)
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _filled_up(rows: Tensor, step: int) -> Tensor:
+    """`(…, tokens, size)` with as many tokens as steps have, zeros behind the others."""
+    return pad(rows, (0, 0, 0, -rows.shape[-2] % step))
 
 
 def attend_single(queries: Tensor, packing: Packing, layer: int, rule: Rule) -> Tensor:
