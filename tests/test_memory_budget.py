@@ -159,7 +159,7 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_process_keeps_to_its_budget(tmp_path: Path, dtype: str) -> None:
-    """And 96 answers at once take more than that: the budget is what holds them back."""
+    """And in float32, 96 answers at once take more than that: the budget is what holds them back."""
     shape = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=12, num_attention_heads=8)
     folder = save_checkpoint("llama", tmp_path)
     shape.vocab_size = LlamaConfig.from_pretrained(folder).vocab_size
@@ -171,7 +171,7 @@ def test_a_process_keeps_to_its_budget(tmp_path: Path, dtype: str) -> None:
         return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
 
     budget = 64 * 2**20
-    assert taken(0) > 1.3 * budget
+    assert dtype == "int8" or taken(0) > 1.3 * budget  # keys and values take half as much there
     assert taken(budget) <= 1.1 * budget
 
 
