@@ -158,8 +158,8 @@ def is_narrow(model: PreTrainedModel) -> bool:
 def pack(model: PreTrainedModel, *, int8: bool = False) -> int:
     """Replace a model's linear layers in place, and free their weights; returns how many were replaced.
 
-    An output matrix that is also the embedding is copied. Norms are compiled, and an MLP
-    is fused, where the same rows give the same results.
+    An output matrix that is also the embedding is copied. Norms are compiled, and an MLP is fused, where the same rows
+    give the same results.
     Models on other devices or in float16 are left alone (float16 weights can become 8-bit ones).
     """
     packable = (torch.float32, torch.bfloat16, *([torch.float16] if int8 else []))

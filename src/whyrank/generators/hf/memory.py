@@ -43,9 +43,10 @@ class Footprint:
         and values, unless they are `kept` otherwise."""
         config = model.config.get_text_config(decoder=True)
         shape: Mapping[str, Any] = config.to_dict()
-        # Weights that are laid out anew are no parameters any more; what passes between them is float32.
-        sizes = [parameter.element_size() for parameter in model.parameters() if parameter.is_floating_point()]
-        size = 4 if kept else max(sizes)
+        # Where keys and values are kept otherwise, weights are laid out anew: they are no parameters any more, and what
+        # passes between them is float32.
+        widths = [parameter.element_size() for parameter in model.parameters() if parameter.is_floating_point()]
+        size = 4 if kept else max(widths)
         num_heads = shape["num_attention_heads"]
         head_size = shape.get("head_dim") or shape["hidden_size"] // num_heads
         key_values = 2 * (shape.get("num_key_value_heads") or num_heads) * head_size
