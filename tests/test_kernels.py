@@ -15,7 +15,7 @@ from whyrank.generators.hf.compiling import compiling, is_compiled
 from whyrank.generators.hf.kernels import (
     Activation,
     Seen,
-    _exponentials,
+    _exp,
     attend_rows,
     best_tokens,
     gated_rows,
@@ -116,8 +116,7 @@ def test_what_is_not_a_number_stays_so() -> None:
 def test_exponentials_are_right_to_four_millionths() -> None:
     """The error grows with the number of halvings that are split off; near 0, where weights matter, it is rounding."""
     values = torch.cat([-torch.logspace(-6, 1.93, 5000), torch.tensor([0.0, -200.0, -torch.inf])])
-    found = values.clone()
-    _exponentials(found.numpy(), np.empty(len(values), np.int32))
+    found = torch.tensor([_exp(value) for value in values.numpy()])
     wanted = values.double().exp()
     error = ((found.double() - wanted) / wanted)[:-2].abs()
     assert error[values[:-2] > -1].max() < 3e-7
@@ -127,28 +126,29 @@ def test_exponentials_are_right_to_four_millionths() -> None:
 
 
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_become_weights_of_what_is_seen(dtype: torch.dtype) -> None:
-    """A softmax in float64 over each query's own stretch of the keys; bfloat16 is rounded once, at the end."""
+@pytest.mark.parametrize("window", [None, 1, 10, 46, 1000])
+def test_scores_become_weights_of_what_is_seen(window: int | None) -> None:
+    """A softmax in float64 over each query's own stretch of the keys, rounded once, at the end. What is not asked for
+    stays as it is."""
     generator = torch.Generator().manual_seed(5)
-    scores = (torch.randn(3, 4, 50, generator=generator) * 20).to(dtype)
-    starts, ends = numbers(0, 3, 49, 10), numbers(50, 20, 50, 43)
+    scores = (torch.randn(3, 5, 50, generator=generator) * 20).bfloat16()
     wanted = torch.zeros(3, 4, 50, dtype=torch.float64)
-    for query, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        wanted[:, query, start:end] = (scores[:, query, start:end].double() * 0.3).softmax(dim=-1)
-    weigh_scores(scores, starts, ends, scaling=0.3)
-    if dtype == torch.bfloat16:
-        assert (scores.double() - wanted).abs().le(wanted * 2**-8 + 1e-9).all()
-    else:
-        torch.testing.assert_close(scores.double(), wanted, atol=1e-9, rtol=1e-5)
-    assert torch.equal(scores == 0, wanted == 0)
+    for query in range(4):
+        seen = slice(0 if window is None else max(0, 45 + query - window), 45 + query)
+        wanted[:, query, seen] = (scores[:, query, seen].double() * 0.3).softmax(dim=-1)
+    untouched = scores[:, 4].clone()
+    weigh_scores(scores, 45, 4, window=window, scaling=0.3)
+    assert torch.equal(scores[:, 4], untouched)
+    found = scores[:, :4].double()
+    assert (found - wanted).abs().le(wanted * 2**-8 + 1e-9).all()
+    assert torch.equal(found == 0, wanted == 0)
 
 
 def test_weights_are_rounded_as_torch_rounds() -> None:
     """Softmax of equal scores: a third, a fifth, a seventh, in bfloat16 to the nearest."""
     for num_seen in (1, 3, 5, 7):
         scores = torch.full((1, 1, 8), 2.0, dtype=torch.bfloat16)
-        weigh_scores(scores, numbers(0), numbers(num_seen), scaling=1.0)
+        weigh_scores(scores, num_seen, 1, window=None, scaling=1.0)
         wanted = (torch.ones(num_seen) / num_seen).to(torch.bfloat16)
         assert torch.equal(scores[0, 0, :num_seen], wanted)
 
@@ -156,7 +156,7 @@ def test_weights_are_rounded_as_torch_rounds() -> None:
 def test_a_score_that_is_not_a_number_spoils_its_query_alone() -> None:
     scores = torch.zeros(1, 2, 6, dtype=torch.bfloat16)
     scores[0, 0, 4] = torch.nan
-    weigh_scores(scores, numbers(0, 0), numbers(5, 5), scaling=1.0)
+    weigh_scores(scores, 5, 2, window=None, scaling=1.0)
     assert scores[0, 0, :5].isnan().all()
     assert not scores[0, 1].isnan().any()
 

@@ -7,12 +7,12 @@ small and their rounding with them (Zhang et al. 2024, SageAttention, arXiv 2410
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from whyrank.generators.hf.attention_products import Rule, seen_by
+from whyrank.generators.hf.attention_products import Rule, parts_seen
 from whyrank.generators.hf.kernels import attend_rows, weigh_scores
 from whyrank.generators.hf.packing import Packing, Span
 
@@ -27,35 +27,38 @@ FEWEST_QUERIES = 32  # for fewer, filling up costs more than it gains
 
 
 def attend_several_narrow(queries: Tensor, span: Span, layer: int, rule: Rule) -> Tensor:
-    """`(heads, tokens, size)` for the last tokens of one sequence, as many as there are queries, by a plain rule."""
-    keys, values = (tensor.bfloat16() for tensor in seen_by(span, layer))
-    num_queries, num_keys = queries.shape[1], keys.shape[1]
-    keys = _filled_up(keys - keys[:, ::KEYS_PER_SAMPLE].mean(dim=1, keepdim=True), KEY_STEP)
-    values = _filled_up(values, KEY_STEP)
+    """`(heads, tokens, size)` in bfloat16, by a plain rule, for the last tokens of one sequence, as many as there are
+    queries."""
+    keys, values = (_in_a_row(parts, KEY_STEP) for parts in zip(*parts_seen(span, layer), strict=True))
+    num_heads, num_queries, _ = queries.shape
+    num_before = span.position + span.num_tokens - num_queries
+    keys.sub_(keys[:, : num_before + num_queries : KEYS_PER_SAMPLE].mean(dim=1, keepdim=True))
     # (key/value heads, queries per head, tokens, size)
-    asked = queries.bfloat16().unflatten(0, (keys.shape[0], -1))
+    asked = _in_a_row([queries], QUERY_STEP).unflatten(0, (keys.shape[0], -1))
     found = []
     for start in range(0, num_queries, QUERIES_AT_ONCE):
-        some = _filled_up(asked[:, :, start : start + QUERIES_AT_ONCE], QUERY_STEP)
-        places = start + np.arange(some.shape[2])
-        ends = np.where(places < num_queries, num_keys - num_queries + 1 + places, 1)  # what fills up sees one key
-        starts = np.zeros_like(ends) if rule.window is None else np.maximum(ends - rule.window, 0)
-        num_seen = _rounded_up(int(ends.max()), KEY_STEP)
-        starts, ends = np.tile(starts, some.shape[1]), np.tile(ends, some.shape[1])
+        some = asked[:, :, start : start + QUERIES_AT_ONCE]
+        num_asking = min(QUERIES_AT_ONCE, num_queries - start)
+        num_seen = _rounded_up(num_before + start + num_asking, KEY_STEP)
+        # Products with a piece of a larger tensor's keys take a fifth longer.
         scores = some.flatten(1, 2) @ keys[:, :num_seen].contiguous().transpose(1, 2)
-        weigh_scores(scores, starts, ends, scaling=rule.scaling)
-        found.append((scores @ values[:, :num_seen]).unflatten(1, some.shape[1:3]).flatten(0, 1))
-        del scores  # or the next ones would be made beside them
-    return torch.cat(found, dim=1)[:, :num_queries].to(queries.dtype)
+        by_head = scores.view(num_heads, -1, num_seen)
+        weigh_scores(by_head, num_before + start + 1, num_asking, window=rule.window, scaling=rule.scaling)
+        found.append((scores @ values[:, :num_seen]).view(num_heads, -1, values.shape[2])[:, :num_asking])
+        del scores, by_head  # or the next ones would be made beside them
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def _in_a_row(parts: Sequence[Tensor], step: int) -> Tensor:
+    """Parts `(heads, tokens, size)` one behind the other in bfloat16, and zeros up to a whole number of steps."""
+    heads, _, size = parts[0].shape
+    num_tokens = sum(part.shape[1] for part in parts)
+    zeros = torch.zeros((heads, -num_tokens % step, size), dtype=torch.bfloat16)
+    return torch.cat([*(part.bfloat16() for part in parts), zeros], dim=1)
 
 
 def _rounded_up(number: int, step: int) -> int:
     return -(-number // step) * step
-
-
-def _filled_up(rows: Tensor, step: int) -> Tensor:
-    """`(…, tokens, size)` with as many tokens as steps have, zeros behind the others."""
-    return pad(rows, (0, 0, 0, -rows.shape[-2] % step))
 
 
 def attend_single(queries: Tensor, packing: Packing, layer: int, rule: Rule) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from whyrank.generators.hf.packing import Packing, Span, hidden
 
-__all__ = ["Rule", "attend_several", "attend_single", "seen_by"]
+__all__ = ["Rule", "attend_several", "attend_single", "parts_seen"]
 
 QUERIES_AT_ONCE = 64  # of a prompt on a CPU: its first tokens need not be held against its last ones
 
@@ -60,7 +60,7 @@ class Rule:
 
 def attend_several(queries: Tensor, span: Span, packing: Packing, layer: int, rule: Rule) -> Tensor:
     """`(heads, tokens, size)` for the last tokens of one sequence, as many as there are queries."""
-    keys, values = (tensor.to(queries.dtype) for tensor in seen_by(span, layer))
+    keys, values = (torch.cat(parts, dim=1).to(queries.dtype) for parts in zip(*parts_seen(span, layer), strict=True))
     num_queries, num_keys = queries.shape[1], keys.shape[1]
     mask = packing.causal_mask(num_keys, num_queries, rule.window)
     at_once = QUERIES_AT_ONCE if queries.device.type == "cpu" else num_queries
@@ -73,13 +73,11 @@ def attend_several(queries: Tensor, span: Span, packing: Packing, layer: int, ru
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
-def seen_by(span: Span, layer: int) -> tuple[Tensor, Tensor]:
-    """All keys and values up to a span's last token, `(key/value heads, tokens, size)`, as they are kept."""
-    parts = [tuple(tensor[:, : store.length] for tensor in store.layers[layer]) for store in span.context]
-    parts.append(tuple(tensor[:, : span.end] for tensor in span.store.layers[layer]))
-    if len(parts) == 1:
-        return parts[0][0], parts[0][1]
-    return torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts], dim=1)
+def parts_seen(span: Span, layer: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values up to a span's last token, `(key/value heads, tokens, size)`, store by store as they are kept."""
+    parts = [(store.layers[layer], store.length) for store in span.context]
+    parts.append((span.store.layers[layer], span.end))
+    return [(keys[:, :length], values[:, :length]) for (keys, values), length in parts]
 
 
 def _attend_some(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, rule: Rule) -> Tensor:

@@ -68,22 +68,9 @@ def _wide_compiled(number):  # type: ignore[no-untyped-def]
     return lambda number: number
 
 
-def _put(row: Array, numbers: Array) -> None:
-    """Write float32 numbers into a row of them, or of bfloat16, to which they are rounded."""
-    raise NotImplementedError("known to compiled code only")
-
-
-@overload(_put)
-def _put_compiled(row: Any, numbers: Any) -> Any:
-    return _put_narrow if isinstance(row.dtype, types.Integer) else _put_wide
-
-
-def _put_wide(row: Any, numbers: Any) -> None:
-    for place in range(len(numbers)):
-        row[place] = numbers[place]
-
-
-def _put_narrow(row: Any, numbers: Any) -> None:
+@compiled
+def _put_narrow(row: Array, numbers: Array) -> None:
+    """Write float32 numbers into a row of bfloat16, to which they are rounded."""
     bits = numbers.view(np.int32)
     for place in range(len(numbers)):
         is_odd = (bits[place] >> np.int32(16)) & np.int32(1)  # to the nearest, halves to the even one
@@ -165,7 +152,6 @@ def _attend(
 ) -> None:
     _, num_heads, num_groups, _ = queries.shape
     scores = np.empty(keys.shape[2], float32)
-    powers = np.empty(keys.shape[2], np.int32)
     found = np.empty(values.shape[3], float32)
     for item in range(first, num_heads * len(rows), step):
         # Head by head: of what many sequences see, one head's keys stay in the caches.
@@ -178,7 +164,7 @@ def _attend(
         for group in range(num_groups):
             weights = scores[:num]
             _products(queries[rows[i], head, group], own_keys, weights)
-            top, weight = _weigh_row(weights, powers, scaling, softcap)
+            top, weight = _weigh_row(weights, scaling, softcap)
             _weighted_sum(weights, own_values, found)
             before, own = total[rows[i], head, group], top + math.log(weight)
             both = max(before, own) + math.log1p(math.exp(-abs(before - own)))
@@ -225,54 +211,56 @@ def _weighted_sum(weights: Array, values: Array, found: Array) -> None:
             found[place] += weights[token] * _wide(values[token, place])
 
 
-def weigh_scores(scores: Tensor, starts: Numbers, ends: Numbers, *, scaling: float) -> None:
+def weigh_scores(scores: Tensor, first_end: int, num_asking: int, *, window: int | None, scaling: float) -> None:
     """Turn scores into weights, in place: a softmax over what each query sees, 0 for the rest.
 
     Args:
-        scores: products of queries and keys, `(heads, queries, keys)`, float32 or bfloat16, contiguous.
-        starts: the first key that each query sees.
-        ends: behind the last key that it sees; it sees one at least.
+        scores: products of queries and keys, `(heads, queries, keys)`, bfloat16, contiguous.
+        first_end: how many keys the first query sees; each sees one more than the query before it.
+        num_asking: how many of the queries are asked; scores of the others are left as they are.
+        window: how many keys a query sees at most, the last ones.
         scaling: factor of the scores.
     """
-    arrays = array(scores), starts, ends, float32(scaling)
+    arrays = array(scores), first_end, num_asking, window or scores.shape[2], float32(scaling)
     in_threads(scores.numel(), lambda i, n: _weigh(*arrays, i, n))
 
 
 @compiled
-def _weigh(scores: Array, starts: Array, ends: Array, scaling: np.float32, first: int, step: int) -> None:
-    num_heads, num_queries, num_keys = scores.shape
-    wide = np.empty(num_keys, float32)
-    powers = np.empty(num_keys, np.int32)
-    for item in range(first, num_heads * num_queries, step):
-        head, query = item // num_queries, item % num_queries
-        start, end = starts[query], ends[query]
+def _weigh(
+    scores: Array, first_end: int, num_asking: int, window: int, scaling: np.float32, first: int, step: int
+) -> None:
+    wide = np.empty(scores.shape[2], float32)
+    for item in range(first, len(scores) * num_asking, step):
+        head, query = item // num_asking, item % num_asking
+        end = first_end + query
+        start = max(end - window, 0)
         row, weights = scores[head, query], wide[: end - start]
         seen = row[start:end]  # an index of its own: with sums for indices, loops do many at once no more
         for place in range(len(weights)):
             weights[place] = _wide(seen[place])
-        _, sum_ = _weigh_row(weights, powers, scaling, float32(0))
+        _, sum_ = _weigh_row(weights, scaling, float32(0))
+        share = float32(1) / sum_
         for place in range(len(weights)):
-            weights[place] /= sum_
+            weights[place] *= share
         row[:start] = 0
         row[end:] = 0
-        _put(seen, weights)
+        _put_narrow(seen, weights)
 
 
 @compiled
-def _weigh_row(scores: Array, powers: Array, scaling: np.float32, softcap: np.float32) -> tuple[Any, Any]:
-    """In place, exp of each score minus the largest one; returns that one and the sum. `powers` is space for int32."""
+def _weigh_row(scores: Array, scaling: np.float32, softcap: np.float32) -> tuple[Any, Any]:
+    """In place, exp of each score minus the largest one; returns that one and the sum."""
     for place in range(len(scores)):
         scores[place] *= scaling
     if softcap > 0:
         for place in range(len(scores)):
             scores[place] = softcap * math.tanh(scores[place] / softcap)
     top = _largest(scores)
-    for place in range(len(scores)):
-        scores[place] -= top
-    _exponentials(scores, powers)
     sum_ = float32(0)
     for place in range(len(scores)):
-        sum_ += scores[place]
+        weight = _exp(scores[place] - top)
+        scores[place] = weight
+        sum_ += weight
     return top, sum_
 
 
@@ -288,25 +276,20 @@ def _largest(row: Array) -> Any:
 
 
 @compiled
-def _exponentials(values: Array, powers: Array) -> None:
-    """exp of values from -inf to 0, in place: two to a whole number, times a Taylor polynomial. Right but for rounding
-    near 0, to five millionths at the far end. Unlike calls of the library's exp, this is done for many values at once.
-    `powers` is space for int32."""
-    for i in range(len(values)):
-        halvings = max(values[i] * float32(1.4426950408889634), float32(-126))
-        whole = np.floor(halvings + float32(0.5))
-        rest = (halvings - whole) * float32(0.6931471805599453)  # at most 0.35: the next term is below 10**-8
-        sum_ = float32(1 / 5040) * rest + float32(1 / 720)
-        sum_ = sum_ * rest + float32(1 / 120)
-        sum_ = sum_ * rest + float32(1 / 24)
-        sum_ = sum_ * rest + float32(1 / 6)
-        sum_ = sum_ * rest + float32(1 / 2)
-        sum_ = sum_ * rest + float32(1)
-        values[i] = sum_ * rest + float32(1)
-        powers[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)  # the bits of 2.0**whole
-    scales = powers.view(np.float32)
-    for i in range(len(values)):
-        values[i] *= scales[i]
+def _exp(value: Any) -> Any:
+    """exp of a value from -inf to 0: two to a whole number, times a Taylor polynomial. Right but for rounding near 0,
+    to five millionths at the far end. Unlike the library's exp, loops do many of these at once."""
+    halvings = max(value * float32(1.4426950408889634), float32(-126))
+    whole = np.floor(halvings + float32(0.5))
+    rest = (halvings - whole) * float32(0.6931471805599453)  # at most 0.35: the next term is below 10**-8
+    sum_ = float32(1 / 5040) * rest + float32(1 / 720)
+    sum_ = sum_ * rest + float32(1 / 120)
+    sum_ = sum_ * rest + float32(1 / 24)
+    sum_ = sum_ * rest + float32(1 / 6)
+    sum_ = sum_ * rest + float32(1 / 2)
+    sum_ = sum_ * rest + float32(1)
+    sum_ = sum_ * rest + float32(1)
+    return sum_ * _float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))  # type: ignore[call-arg]
 
 
 # ---- 8-bit rows ------------------------------------------------------------------------------------------------
@@ -362,8 +345,6 @@ def gated_rows(activation: Activation, gate: Tensor, up: Tensor, scales: Tensor)
 def _gated(
     is_gelu: bool, gate: Array, up: Array, small: Array, scales: Array, found: Array, first: int, step: int
 ) -> None:
-    decays = np.empty(gate.shape[1], float32)
-    powers = np.empty(gate.shape[1], np.int32)
     products = np.empty(gate.shape[1], float32)
     for row in range(first, len(gate), step):
         own, other, scale = gate[row], up[row], scales[row]
@@ -371,11 +352,9 @@ def _gated(
         for place in range(len(own)):
             x = own[place] * scale
             slope = float32(1.5957691216057308) * (x + float32(0.044715) * x * x * x) if is_gelu else x
-            decays[place] = -abs(slope)
-        _exponentials(decays, powers)
-        for place in range(len(own)):
-            share = float32(1) if own[place] >= 0 else decays[place]
-            products[place] = own[place] * other[place] * (scale * scale) * share / (float32(1) + decays[place])
+            decay = _exp(-abs(slope))
+            share = float32(1) if x >= 0 else decay
+            products[place] = x * (other[place] * scale) * share / (float32(1) + decay)
         found[row] = _quantize_row(products, small[row])
 
 
@@ -427,12 +406,11 @@ def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
 @compiled
 def _best(logits: Array, tokens: Array, log_probs: Array, first: int, step: int) -> None:
     shifted = np.empty(logits.shape[1], float32)
-    powers = np.empty(logits.shape[1], np.int32)
     for i in range(first, len(logits), step):
         row = logits[i]
         for place in range(len(row)):
             shifted[place] = row[place]
-        top, sum_ = _weigh_row(shifted, powers, float32(1), float32(0))
+        top, sum_ = _weigh_row(shifted, float32(1), float32(0))
         tokens[i], log_probs[i] = 0, -math.log(sum_)
         for place in range(len(row)):
             if row[place] == top:
