@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,9 +53,10 @@ class Setting:
 
 @dataclass(slots=True)
 class Trial:
-    """All runs of one workload: seconds per system in the order in which they ran, and how the answers compare."""
+    """All runs of one workload: what there was to do in every repeat, seconds per system in the order in which they
+    ran, and how the answers compare."""
 
-    job: Job
+    jobs: list[Job]
     wall: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in SYSTEMS})
     cpu: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in SYSTEMS})
     agreements: dict[str, Agreement] = field(default_factory=lambda: dict.fromkeys(BASELINES, Agreement(0)))
@@ -94,7 +96,7 @@ def _trials(setting: Setting, options: Options, note: Callable[[str], None]) -> 
         draws = [build(kind, tokens, options.num_documents, draw=draw) for draw in range(options.num_repeats)]
         for run in runs.values():
             run(build(kind, tokens, NUM_WARM_UP_DOCUMENTS, draw=-1))
-        trial = Trial(draws[0].job)
+        trial = Trial([draw.job for draw in draws])
         for number, workload in enumerate(draws, 1):
             note(f"{_title(setting, kind)}, {number} of {len(draws)}")
             _interleave(runs, workload, judge, trial, note)
@@ -170,9 +172,9 @@ def _rows(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """A row per system, and what stands behind it."""
     wall_ratios, cpu_ratios = (ratios(times, best_baseline(times)) for times in (trial.wall, trial.cpu))
-    phases = ideal_work(setting.shape, BYTES[setting.dtype], trial.job)
-    least = least_seconds(phases, limits(rates, setting.dtype))
-    num = len(trial.job.documents)
+    phases = [ideal_work(setting.shape, BYTES[setting.dtype], job) for job in trial.jobs]
+    least = [least_seconds(work, limits(rates, setting.dtype)) for work in phases]
+    num = len(trial.jobs[0].documents)
     for system in SYSTEMS:
         seconds, cpu_seconds = trial.wall[system], trial.cpu[system]
         row = {
@@ -183,7 +185,7 @@ def _rows(
             "documents_per_second": round(num / median(seconds), 4),
             "ratio": round(wall_ratios[system], 3),
             "peak_rss_mb": round(memory[system], 1),
-            "roofline": round(least / median(seconds), 4),
+            "roofline": round(median(map(truediv, least, seconds)), 4),
         }
         yield (
             row,
@@ -192,8 +194,8 @@ def _rows(
                 "ratio_cpu": round(cpu_ratios[system], 3),
                 "wall_seconds": [round(second, 4) for second in seconds],
                 "cpu_seconds": [round(second, 4) for second in cpu_seconds],
-                "least_seconds": round(least, 4),
-                "tokens": asdict(trial.job),
-                "phases": [asdict(work) for work in phases],
+                "least_seconds": [round(second, 4) for second in least],
+                "tokens": [asdict(job) for job in trial.jobs],
+                "phases": [[asdict(work) for work in repeat] for repeat in phases],
             },
         )

@@ -69,12 +69,11 @@ class Workload:
 def build(kind: Kind, tokens: ChatTokens, num_documents: int, *, draw: int) -> Workload:
     """Documents of 100 to 400 tokens behind a prefix of 200.
 
-    The lengths are always the same; the words differ from draw to draw, so that nothing that was kept from one
-    draw can help in the next.
+    Words and lengths differ from draw to draw, so that nothing that was kept from one draw can help in the next, not
+    even code made for a size. The total of the lengths is always the same.
     """
-    sizes = Random(0)
-    lengths = [sizes.randint(*NUM_DOCUMENT_TOKENS) for _ in range(num_documents)]
     words, rng = _words(tokens), Random(draw)
+    lengths = _lengths(rng, num_documents)
     shared = (
         Segment("user", "instruction", _text(tokens, words, rng, NUM_INSTRUCTION_TOKENS)),
         Segment("user", "query", _text(tokens, words, rng, NUM_QUERY_TOKENS)),
@@ -93,6 +92,17 @@ def build(kind: Kind, tokens: ChatTokens, num_documents: int, *, draw: int) -> W
     )
     prompts = tuple(tuple(tokens.prompt_ids(request)) for request in requests)
     return Workload(requests, prompts, tokens.endings(one), NUM_GENERATED if kind == "W" else 0)
+
+
+def _lengths(rng: Random, num_documents: int) -> list[int]:
+    """In pairs that lie on both sides of the middle, equally far from it; the middle itself for an odd one."""
+    shortest, longest = NUM_DOCUMENT_TOKENS
+    drawn = [rng.randint(shortest, longest) for _ in range(num_documents // 2)]
+    lengths = [*drawn, *(shortest + longest - length for length in drawn)]
+    if num_documents % 2:
+        lengths.append((shortest + longest) // 2)
+    rng.shuffle(lengths)
+    return lengths
 
 
 def _words(tokens: ChatTokens) -> list[str]:

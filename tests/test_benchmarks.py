@@ -235,14 +235,16 @@ def test_a_workload_has_the_lengths_that_it_promises(tokens: ChatTokens) -> None
     assert (job.prefix, job.generated, job.label_depths) == (200, 64, ())
     assert [len(prompt) - 200 for prompt in workload.prompts] == list(job.documents)
     assert all(100 <= length <= 400 for length in job.documents)
-    assert max(job.documents) - min(job.documents) > 200  # 32 uniform draws from 301 lengths spread further than that
+    assert max(job.documents) - min(job.documents) > 200  # 16 uniform draws and their mirror images spread further
     assert len(set(workload.endings.labels)) == 3
 
 
-def test_draws_have_the_same_lengths_and_other_words(tokens: ChatTokens) -> None:
-    one, other = (build("S", tokens, 4, draw=draw) for draw in (0, 1))
-    assert one.job == other.job
-    assert build("S", tokens, 4, draw=0) == one
+@pytest.mark.parametrize("num_documents", [4, 5])
+def test_draws_have_other_lengths_and_words_and_the_same_total(tokens: ChatTokens, num_documents: int) -> None:
+    one, other = (build("S", tokens, num_documents, draw=draw) for draw in (0, 1))
+    assert sum(one.job.documents) == sum(other.job.documents) == 250 * num_documents
+    assert one.job != other.job
+    assert build("S", tokens, num_documents, draw=0) == one
     assert not {prompt[:20] for prompt in one.prompts} & {prompt[:20] for prompt in other.prompts}
 
 
