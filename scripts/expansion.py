@@ -10,7 +10,7 @@ them, although some would do: recall among 100 says more than nDCG@10. Writes re
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -91,4 +91,6 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "out" / "expansion")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "out" / "expansion", metavar="WORK_FOLDER")
+    main(parser.parse_args().folder)

@@ -8,6 +8,7 @@ side of a pair only: balanced over the labels, so that chance is one third.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from statistics import fmean
@@ -54,4 +55,5 @@ def _balanced_accuracy(kind: ShallowKind, test: Collection) -> float:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -8,6 +8,7 @@ first 24 BM25 passages of each TREC Deep Learning 2019 query, in random order. T
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -106,4 +107,6 @@ def _as_run(found: Mapping[str, Sequence[str]]) -> dict[str, list[ScoredDocument
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?", metavar="PATH_TO_DATA")
+    main(parser.parse_args().data)

@@ -10,6 +10,7 @@ in the figures all the same, and apart for the pairs with the same explanation.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from statistics import fmean
@@ -86,4 +87,5 @@ def _ndcg(test: Collection, found: Judgments) -> float:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -9,6 +9,7 @@ they were read; nothing in the output is typed by hand.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -124,4 +125,6 @@ def _collections(data: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="PATH_TO_DATA")
+    main(parser.parse_args().data)
