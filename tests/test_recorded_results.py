@@ -106,6 +106,39 @@ def test_tables_show_what_is_recorded(scripts: None, tmp_path: Path, monkeypatch
     assert "| direct | 0.500 [0.400, 0.600] | 0.500 [0.400, 0.600] |" in tables.explaining("gains", "")
 
 
+def test_speed_in_short_is_held_against_the_best_plain_batches(
+    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = import_module("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    speeds = [
+        ("W", "whyrank", 4.5, 2.67),
+        ("W", "generate-1", 0.8, 0.5),
+        ("W", "generate-8", 1.7, 1.0),
+        ("S", "whyrank", 7.5, 2.07),
+        ("S", "generate-1", 3.6, 1.0),
+    ]
+    rows = [
+        {"workload": workload, "model": "m", "dtype": "float32", "system": system, "ratio": ratio}
+        | {"documents_per_second": speed, "roofline": 0.5, "peak_rss_mb": 900.0}
+        for workload, system, speed, ratio in speeds
+    ]
+    made = {"command": "c", "commit": "0123456789", "date": "2026-01-02", "cpu": "P", "num_threads": 1, "rows": rows}
+    (tmp_path / "fast.json").write_text(json.dumps(made))
+    shown = tables.speed("fast short", "").splitlines()
+    assert shown[2:4] == [
+        "| explain and label | float32 | 4.5 | 1.7 | 2.7 |",
+        "| label only | float32 | 7.5 | 3.6 | 2.1 |",
+    ]
+    assert len(tables.speed("fast", "").splitlines()) == 2 + len(rows) + 2
+
+
+def test_the_picture_of_speeds_is_that_of_the_recorded_figures(scripts: None, tmp_path: Path) -> None:
+    drawing = import_module("draw_speed")
+    drawing.main(tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == drawing.PICTURE.read_text(), "run scripts/draw_speed.py"
+
+
 @pytest.fixture
 def refining(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script of the table about refinement, with results in a folder of its own."""
