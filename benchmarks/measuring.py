@@ -95,7 +95,7 @@ def _trials(setting: Setting, options: Options, note: Callable[[str], None]) -> 
     for kind in options.kinds:
         draws = [build(kind, tokens, options.num_documents, draw=draw) for draw in range(options.num_repeats)]
         for run in runs.values():
-            run(build(kind, tokens, NUM_WARM_UP_DOCUMENTS, draw=-1))
+            run(build(kind, tokens, NUM_WARM_UP_DOCUMENTS, draw=options.num_repeats))
         trial = Trial([draw.job for draw in draws])
         for number, workload in enumerate(draws, 1):
             note(f"{_title(setting, kind)}, {number} of {len(draws)}")

@@ -41,6 +41,7 @@ def test_narrow_attention_is_off_by_its_rounding(num_tokens: int, at: int, num_a
     wanted = attention_products.attend_several(queries, span, packing, 0, rule)
     found = attend_several_narrow(queries, span, 0, rule)
     assert found.shape == wanted.shape == (NUM_HEADS * NUM_GROUPS, num_asking, SIZE)
+    assert found.dtype == torch.bfloat16
     assert (found - wanted).abs().max() < 0.02
     assert (found - wanted).abs().mean() < 0.006 * wanted.abs().mean()
 

@@ -156,7 +156,7 @@ def test_a_gated_mlp_may_have_biases() -> None:
     for name, parameter in mlp.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
-    rows = torch.randn(1, 6, 32)
+    rows = torch.randn(1, 300, 32)  # more than go through at once
     with torch.inference_mode():
         wanted = mlp(rows)
         for name in ("gate_proj", "up_proj", "down_proj"):

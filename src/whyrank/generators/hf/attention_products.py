@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ class Rule:
 
 def attend_several(queries: Tensor, span: Span, packing: Packing, layer: int, rule: Rule) -> Tensor:
     """`(heads, tokens, size)` for the last tokens of one sequence, as many as there are queries."""
-    keys, values = (torch.cat(parts, dim=1).to(queries.dtype) for parts in zip(*parts_seen(span, layer), strict=True))
+    keys, values = (_joined(parts).to(queries.dtype) for parts in zip(*parts_seen(span, layer), strict=True))
     num_queries, num_keys = queries.shape[1], keys.shape[1]
     mask = packing.causal_mask(num_keys, num_queries, rule.window)
     at_once = QUERIES_AT_ONCE if queries.device.type == "cpu" else num_queries
@@ -70,7 +71,12 @@ def attend_several(queries: Tensor, span: Span, packing: Packing, layer: int, ru
         num_seen = num_keys - num_queries + end  # by the last of these queries
         part = queries[:, start:end], keys[:, :num_seen], values[:, :num_seen], mask[start:end, :num_seen]
         found.append(_attend_some(*part, rule))
-    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    return _joined(found)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """`(heads, tokens, size)` one behind the other; copied only if there are several."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def parts_seen(span: Span, layer: int) -> list[tuple[Tensor, Tensor]]:

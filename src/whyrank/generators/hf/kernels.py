@@ -221,7 +221,8 @@ def weigh_scores(scores: Tensor, first_end: int, num_asking: int, *, window: int
         window: how many keys a query sees at most, the last ones.
         scaling: factor of the scores.
     """
-    arrays = array(scores), first_end, num_asking, window or scores.shape[2], float32(scaling)
+    most = scores.shape[2] if window is None else window
+    arrays = array(scores), first_end, num_asking, most, float32(scaling)
     in_threads(scores.numel(), lambda i, n: _weigh(*arrays, i, n))
 
 

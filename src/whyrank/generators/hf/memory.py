@@ -28,7 +28,8 @@ class Footprint:
     `cached_token` is for the keys and values of one token in all layers, `pass_token` for the activations of a token
     while a pass runs, `logits_row` for the next-token scores of one answer, `attended` for a token of a prompt and one
     that it might attend to: what is added to their score, in layers with a window and in those without. `scored` is for
-    a token that many attend to at once: scores that are made of keys in bfloat16, and two copies of the key and value.
+    a token that many attend to at once: scores that are made of keys in bfloat16, and at most two copies of the key and
+    value.
     """
 
     cached_token: int
