@@ -16,7 +16,7 @@ from whyrank.errors import GenerationError, InputError
 from whyrank.generators import Completion, Request, Sampling
 from whyrank.generators.hf import HfGenerator
 from whyrank.generators.hf.linears import pack
-from whyrank.generators.hf.memory import Footprint
+from whyrank.generators.hf.memory import TAKEN_BY_LIBRARIES, Footprint
 from whyrank.generators.opening import ModelOptions
 from whyrank.template import Template
 
@@ -78,7 +78,7 @@ def test_slots_fill_the_budget_and_never_more() -> None:
     model = Footprint(cached_token=10, pass_token=3, logits_row=40, attended=5, scored=7)
     needs = {"capacity": 8, "num_shared": 5, "num_pass_tokens": 20}
     # Once: 20 tokens of activations, 20 x 13 mask entries of 5 bytes, scores of 13 tokens, two shared beginnings of 5.
-    fixed, slot = 20 * 3 + 5 * 20 * 13 + 7 * 13 + 2 * 5 * 10, 8 * 10 + 40 + 3
+    fixed, slot = TAKEN_BY_LIBRARIES + 20 * 3 + 5 * 20 * 13 + 7 * 13 + 2 * 5 * 10, 8 * 10 + 40 + 3
     for num_slots in (1, 2, 7):
         assert model.num_slots(fixed + num_slots * slot, **needs, most=100) == num_slots
         assert model.num_slots(fixed + (num_slots + 1) * slot - 1, **needs, most=100) == num_slots
@@ -112,11 +112,12 @@ def test_answers_are_the_same_within_any_budget(generator: HfGenerator) -> None:
     longest = max(len(generator.tokens.prompt_ids(request)) for request in requests)
     footprint = Footprint.of(generator.model)
     least = (
-        int(footprint.cached_token * longest * 2)
+        TAKEN_BY_LIBRARIES
+        + int(footprint.cached_token * longest * 2)
         + footprint.pass_token * (512 + 3 * longest)
         + 5 * (512 + 3 * longest) * (2 * longest)
     )
-    for budget in (least, 2 * least, 10**9):
+    for budget in (least, 2 * least - TAKEN_BY_LIBRARIES, 10**9):
         found = answers(replace(generator, memory=budget), requests)
         assert [one.token_ids for one in found] == [one.token_ids for one in expected]
         for one, wanted in zip(found, expected, strict=True):
@@ -148,7 +149,6 @@ def requests(num):
     for number in range(num):
         text = "quick brown document helps " * (20 + number % 40)
         yield template.render("why", text, generator.tokens, sampling=Sampling(max_tokens=3)).request
-list(generator.generate(requests(16)))  # what libraries take for themselves once passes are large
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
 before = status("VmRSS")
 list(generator.generate(requests(96)))
@@ -159,7 +159,8 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_process_keeps_to_its_budget(tmp_path: Path, dtype: str) -> None:
-    """And in float32, 96 answers at once take more than that: the budget is what holds them back."""
+    """From loading on, libraries included. In float32, 96 answers at once take more than that: the budget is what holds
+    them back."""
     shape = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=12, num_attention_heads=8)
     folder = save_checkpoint("llama", tmp_path)
     shape.vocab_size = LlamaConfig.from_pretrained(folder).vocab_size
@@ -170,9 +171,9 @@ def test_a_process_keeps_to_its_budget(tmp_path: Path, dtype: str) -> None:
         command = [sys.executable, "-c", MEASURE, str(folder), str(memory), dtype]
         return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
 
-    budget = 64 * 2**20
-    assert dtype == "int8" or taken(0) > 1.3 * budget  # keys and values take half as much there
-    assert taken(budget) <= 1.1 * budget
+    budget = 120 * 2**20
+    assert dtype == "int8" or taken(0) > 1.2 * budget  # keys and values take half as much there
+    assert taken(budget) <= budget
 
 
 def test_a_longer_shared_beginning_is_planned_for_when_it_comes(generator: HfGenerator) -> None:
@@ -190,7 +191,7 @@ def test_a_longer_shared_beginning_is_planned_for_when_it_comes(generator: HfGen
         num_pass_tokens = 512 + capacity + prefixes[1]
         attended = 5 * num_pass_tokens * (capacity + prefixes[1])
         slot = capacity * footprint.cached_token + footprint.logits_row + footprint.pass_token
-        return num_pass_tokens * footprint.pass_token + attended + shared + slot
+        return TAKEN_BY_LIBRARIES + num_pass_tokens * footprint.pass_token + attended + shared + slot
 
     assert [one.error for one in answers(replace(few, memory=budget(for_long)), [*short, *long])] == [None] * 21
     with pytest.raises(GenerationError, match="too little for one answer"):

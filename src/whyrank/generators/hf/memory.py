@@ -6,6 +6,7 @@ is counted with the longest sequence that its slot may have to hold, so the budg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,9 +17,12 @@ from transformers import PreTrainedModel
 from whyrank.errors import GenerationError
 from whyrank.generators.hf.attention_loops import QUERIES_AT_ONCE
 
-__all__ = ["Footprint"]
+__all__ = ["TAKEN_BY_LIBRARIES", "Footprint"]
 
 LOGITS_COPIES = 3
+# What libraries take for themselves once passes run, however large: code that oneDNN makes and numba loads, torch's own
+# buffers; 42 to 67 MiB were measured (docs/log.md).
+TAKEN_BY_LIBRARIES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +80,14 @@ class Footprint:
             GenerationError: not even one answer fits.
         """
         attended = (num_pass_tokens * self.attended + self.scored) * (capacity + num_shared)
-        fixed = num_pass_tokens * self.pass_token + attended + 2 * num_shared * self.cached_token
+        passing = num_pass_tokens * self.pass_token + attended
+        fixed = TAKEN_BY_LIBRARIES + passing + 2 * num_shared * self.cached_token
         slot = capacity * self.cached_token + self.logits_row + self.pass_token
         found = (budget - fixed) // slot
         if found < 1:
             raise GenerationError(
                 f"--memory {budget / 2**20:.0f} MiB is too little for one answer of {capacity + num_shared} tokens, "
-                f"which takes {(fixed + slot) / 2**20:.0f} MiB on top of the weights; give at least that, or lower "
-                "max_document_tokens"
+                f"which takes {math.ceil((fixed + slot) / 2**20)} MiB on top of the weights; give at least that, or "
+                "lower max_document_tokens"
             )
         return min(found, most)
