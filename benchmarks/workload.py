@@ -69,8 +69,9 @@ class Workload:
 def build(kind: Kind, tokens: ChatTokens, num_documents: int, *, draw: int) -> Workload:
     """Documents of 100 to 400 tokens behind a prefix of 200.
 
-    Words and lengths differ from draw to draw, so that nothing that was kept from one draw can help in the next, not
-    even code made for a size. The total of the lengths is always the same.
+    Words and lengths differ from draw to draw, so that nothing that was kept from one draw can help in the next but
+    code made for a size that comes again. The total of the lengths is always the same. Draws count from 0: of a
+    negative number, the same words and lengths would be drawn as of its opposite.
     """
     words, rng = _words(tokens), Random(draw)
     lengths = _lengths(rng, num_documents)

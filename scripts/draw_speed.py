@@ -9,6 +9,7 @@ many documents per second as this machine could do at best (docs/benchmarks.md).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import matplotlib as mpl
 from provenance import RESULTS, ROOT
+from tables import TASKS
 
 mpl.use("svg")
 
@@ -25,7 +27,6 @@ from matplotlib.axes import Axes
 
 RECORDED = ("rerank-speed", "rerank-speed-135m")
 PICTURE = ROOT / "docs" / "images" / "rerank-speed.svg"
-TASKS = {"W": "explain and label", "S": "label only"}
 COLOURS = ("#1b6ca8", "#b9b9b9", "#969696", "#737373")  # whyrank, then plain batches
 WIDTH = 0.2  # of a bar; groups are 1 apart
 
@@ -33,7 +34,7 @@ WIDTH = 0.2  # of a bar; groups are 1 apart
 def main(path: Path) -> None:
     """All panels side by side."""
     mpl.rcParams["svg.hashsalt"] = "whyrank"  # the same figures give the same file
-    rows = [row for name in RECORDED for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"]]
+    rows = recorded_rows()
     cases = list(dict.fromkeys((row["model"], row["workload"]) for row in rows))
     figure, panels = pyplot.subplots(1, len(cases), figsize=(11, 3.4), layout="constrained")
     for panel, (model, workload) in zip(panels, cases, strict=True):
@@ -41,8 +42,18 @@ def main(path: Path) -> None:
         panel.set_title(f"{model}: {TASKS[workload]}", fontsize=9)
     panels[0].set_ylabel("documents per second")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None, "Identifier": digest(rows)})
     pyplot.close(figure)
+
+
+def recorded_rows() -> list[dict[str, Any]]:
+    """All that is drawn."""
+    return [row for name in RECORDED for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"]]
+
+
+def digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Names the figures inside the picture, so that an old picture can be told, whatever version drew it."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def draw_panel(panel: Axes, rows: Sequence[Mapping[str, Any]]) -> None:

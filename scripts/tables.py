@@ -9,6 +9,7 @@ from typing import Any
 from provenance import RESULTS
 
 __all__ = [
+    "TASKS",
     "auto",
     "code",
     "demo",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 MEASURE = "nDCG@10"
+TASKS = {"W": "explain and label", "S": "label only"}  # the workloads of benchmarks/rerank.py
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -224,7 +226,6 @@ def speed(what: str, body: str) -> str:
 
 
 def _speed_in_short(recorded: Mapping[str, Any]) -> str:
-    tasks = {"W": "explain and label", "S": "label only"}
     rows = []
     for row in recorded["rows"]:
         key = (row["workload"], row["model"], row["dtype"])
@@ -235,7 +236,7 @@ def _speed_in_short(recorded: Mapping[str, Any]) -> str:
                 for other in recorded["rows"]
                 if other is not row and (other["workload"], other["model"], other["dtype"]) == key
             )
-            rows.append((tasks[row["workload"]], row["dtype"], found, f"{plain:.1f}", f"{row['ratio']:.1f}"))
+            rows.append((TASKS[row["workload"]], row["dtype"], found, f"{plain:.1f}", f"{row['ratio']:.1f}"))
     head = ("task", "products", "whyrank, documents/s", "best of transformers, documents/s", "times as fast")
     return table(head, rows) + _provenance(recorded, f"{recorded['cpu']}, threads: {recorded['num_threads']}")
 

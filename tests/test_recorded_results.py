@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -135,11 +134,12 @@ def test_speed_in_short_is_held_against_the_best_plain_batches(
 
 
 def test_the_picture_of_speeds_is_that_of_the_recorded_figures(scripts: None, tmp_path: Path) -> None:
+    """Versions of matplotlib draw differently; the figures' digest inside is the same."""
     drawing = import_module("draw_speed")
-    if f"Matplotlib v{version('matplotlib')}," not in drawing.PICTURE.read_text():
-        pytest.skip("drawn by another version of matplotlib")
     drawing.main(tmp_path / "again.svg")
-    assert (tmp_path / "again.svg").read_text() == drawing.PICTURE.read_text(), "run scripts/draw_speed.py"
+    name = drawing.digest(drawing.recorded_rows())
+    assert name in (tmp_path / "again.svg").read_text()
+    assert name in drawing.PICTURE.read_text(), "run scripts/draw_speed.py"
 
 
 @pytest.fixture

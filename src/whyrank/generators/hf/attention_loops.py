@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from whyrank.generators.hf.attention_products import Rule, parts_seen
+from whyrank.generators.hf.attention_products import Rule, joined, parts_seen
 from whyrank.generators.hf.kernels import attend_rows, weigh_scores
 from whyrank.generators.hf.packing import Packing, Span
 
@@ -46,7 +46,7 @@ def attend_several_narrow(queries: Tensor, span: Span, layer: int, rule: Rule) -
         weigh_scores(by_head, num_before + start + 1, num_asking, window=rule.window, scaling=rule.scaling)
         found.append((scores @ values[:, :num_seen]).view(num_heads, -1, values.shape[2])[:, :num_asking])
         del scores, by_head  # or the next ones would be made beside them
-    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    return joined(found)
 
 
 def _in_a_row(parts: Sequence[Tensor], step: int) -> Tensor:

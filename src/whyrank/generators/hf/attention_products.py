@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from whyrank.generators.hf.packing import Packing, Span, hidden
 
-__all__ = ["Rule", "attend_several", "attend_single", "parts_seen"]
+__all__ = ["Rule", "attend_several", "attend_single", "joined", "parts_seen"]
 
 QUERIES_AT_ONCE = 64  # of a prompt on a CPU: its first tokens need not be held against its last ones
 
@@ -61,7 +61,7 @@ class Rule:
 
 def attend_several(queries: Tensor, span: Span, packing: Packing, layer: int, rule: Rule) -> Tensor:
     """`(heads, tokens, size)` for the last tokens of one sequence, as many as there are queries."""
-    keys, values = (_joined(parts).to(queries.dtype) for parts in zip(*parts_seen(span, layer), strict=True))
+    keys, values = (joined(parts).to(queries.dtype) for parts in zip(*parts_seen(span, layer), strict=True))
     num_queries, num_keys = queries.shape[1], keys.shape[1]
     mask = packing.causal_mask(num_keys, num_queries, rule.window)
     at_once = QUERIES_AT_ONCE if queries.device.type == "cpu" else num_queries
@@ -71,10 +71,10 @@ def attend_several(queries: Tensor, span: Span, packing: Packing, layer: int, ru
         num_seen = num_keys - num_queries + end  # by the last of these queries
         part = queries[:, start:end], keys[:, :num_seen], values[:, :num_seen], mask[start:end, :num_seen]
         found.append(_attend_some(*part, rule))
-    return _joined(found)
+    return joined(found)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
     """`(heads, tokens, size)` one behind the other; copied only if there are several."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
