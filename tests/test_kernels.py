@@ -31,7 +31,7 @@ NUM_SLOTS, NUM_HEADS, NUM_GROUPS, CAPACITY, SIZE, VALUE_SIZE = 5, 3, 2, 41, 24, 
 def _threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    monkeypatch.setattr("whyrank.generators.hf.compiling.WORTH_A_THREAD", 1)
+    monkeypatch.setattr("whyrank.generators.hf.threads.WORTH_A_THREAD", 1)
     yield
     torch.set_num_threads(before)
 

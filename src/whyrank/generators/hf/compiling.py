@@ -1,11 +1,9 @@
-"""What a loop needs to be compiled by numba, to take torch's tensors, and to run in several threads."""
+"""What a loop needs to be compiled by numba, and to take torch's tensors."""
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -15,9 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Array", "Numbers", "array", "compiling", "in_threads", "is_compiled", "matrix", "multiplies_bfloat16"]
-
-WORTH_A_THREAD = 1 << 17  # numbers that are read; starting a thread costs as much as reading a fraction of these
+__all__ = ["Array", "Numbers", "array", "compiling", "is_compiled", "matrix", "multiplies_bfloat16"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Array = NDArray[Any]
@@ -63,20 +59,3 @@ def matrix(rows: Tensor) -> Array:
     """`(…, features)` as a matrix over the same memory; refuses what is not contiguous, which would be a copy."""
     found: Array = rows.view(-1, rows.shape[-1]).numpy()
     return found
-
-
-def in_threads(num_read: int, call: Callable[[int, int], object]) -> None:
-    """`call(i, n)` for every i below n: as many threads as torch may use, or fewer if there is little to read."""
-    num = max(1, min(torch.get_num_threads(), num_read // WORTH_A_THREAD))
-    others = [_workers(torch.get_num_threads()).submit(call, i, num) for i in range(1, num)]
-    call(0, num)
-    for other in others:
-        other.result()
-
-
-@cache
-def _workers(num: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num, thread_name_prefix="whyrank-kernels")
-
-
-os.register_at_fork(after_in_child=_workers.cache_clear)  # threads stay with the parent

@@ -20,7 +20,8 @@ from numba.core import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from whyrank.generators.hf.compiling import Array, Numbers, array, compiling, in_threads, is_compiled, matrix
+from whyrank.generators.hf.compiling import Array, Numbers, array, compiling, is_compiled, matrix
+from whyrank.generators.hf.threads import in_threads
 
 __all__ = [
     "Activation",
