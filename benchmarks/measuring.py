@@ -1,9 +1,9 @@
-"""One model at one dtype on all systems: interleaved times, peak memory, agreement, and the rows made of them."""
+"""One model on all systems: interleaved times, peak memory, agreement, and the rows made of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,18 @@ from transformers import PreTrainedModel
 
 from benchmarks.machine import Rates, limits, measure_rates, merged, peak_memory_mb
 from benchmarks.roofline import BYTES, Job, Shape, ideal_work, least_seconds
-from benchmarks.systems import BASELINES, SYSTEMS, Agreement, Run, compare, load_plain, open_system
+from benchmarks.systems import (
+    BASELINES,
+    SYSTEMS,
+    Agreement,
+    Answer,
+    Run,
+    compare,
+    load_plain,
+    open_system,
+    open_whyrank,
+    plain,
+)
 from benchmarks.workload import Kind, Workload, build
 from whyrank.errors import GenerationError
 from whyrank.generators.hf.chat import ChatTokens
@@ -43,23 +54,35 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One model at one dtype, on disk."""
+    """One model on disk, and those dtypes of whyrank's that are held against the same plain systems."""
 
     name: str
     folder: Path
     shape: Shape
-    dtype: str
+    dtypes: tuple[str, ...]
 
 
 @dataclass(slots=True)
 class Trial:
-    """All runs of one workload: what there was to do in every repeat, seconds per system in the order in which they
-    ran, and how the answers compare."""
+    """All runs of one workload at one dtype: what there was to do in every repeat, seconds per system in the order in
+    which they ran, and how the answers compare."""
 
     jobs: list[Job]
     wall: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in SYSTEMS})
     cpu: dict[str, list[float]] = field(default_factory=lambda: {system: [] for system in SYSTEMS})
     agreements: dict[str, Agreement] = field(default_factory=lambda: dict.fromkeys(BASELINES, Agreement(0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Systems:
+    """What is loaded: whyrank once per dtype, the plain systems once for all of these, and who decides on near ties."""
+
+    ours: Mapping[str, Run]
+    plain: Mapping[str, Run]
+    judge: PreTrainedModel
+
+
+Trials = dict[tuple[str, Kind], Trial]  # by dtype and workload
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------
@@ -70,72 +93,83 @@ def measure(setting: Setting, options: Options, note: Callable[[str], None]) -> 
     rates = measure_rates(setting.shape, options.num_documents)
     trials = _trials(setting, options, note)
     rates = merged(rates, measure_rates(setting.shape, options.num_documents))
-    result: dict[str, list[dict[str, Any]]] = {"rows": [], "measurements": [], "checks": []}
-    for kind, trial in trials.items():
-        memory = {system: _memory_of(setting, system, kind, options) for system in SYSTEMS}
-        for row, more in _rows(setting, kind, trial, memory, rates):
+    result: dict[str, list[dict[str, Any]]] = {"rows": [], "measurements": [], "checks": [], "machine": []}
+    plain_memory = {
+        kind: _memory(setting, setting.dtypes[0], kind, options, tuple(BASELINES)) for kind in options.kinds
+    }
+    for (dtype, kind), trial in trials.items():
+        memory = {**_memory(setting, dtype, kind, options, ("whyrank",)), **plain_memory[kind]}
+        keys = {"workload": kind, "model": setting.name, "dtype": dtype}
+        for row, more in _rows(keys, setting.shape, trial, memory, rates):
             result["rows"].append(row)
-            result["measurements"].append({**_keys(setting, kind), "system": row["system"], **more})
+            result["measurements"].append({**keys, "system": row["system"], **more})
         for system, agreement in trial.agreements.items():
-            compared = {"systems": ["whyrank", system], **asdict(agreement)}
-            result["checks"].append({**_keys(setting, kind), **compared})
-    return {**result, "machine": [{"model": setting.name, "dtype": setting.dtype, **rates}]}
+            result["checks"].append({**keys, "systems": ["whyrank", system], **asdict(agreement)})
+    result["machine"] = [{"model": setting.name, "dtype": dtype, **rates} for dtype in setting.dtypes]
+    return result
 
 
-def _keys(setting: Setting, kind: Kind) -> dict[str, str]:
-    return {"workload": kind, "model": setting.name, "dtype": setting.dtype}
-
-
-def _trials(setting: Setting, options: Options, note: Callable[[str], None]) -> dict[Kind, Trial]:
+def _trials(setting: Setting, options: Options, note: Callable[[str], None]) -> Trials:
     """All systems on all workloads. Their models are gone afterwards, and leave memory to the processes that follow."""
     tokens = ChatTokens(load_tokenizer(setting.folder))
-    judge = load_plain(setting.folder, "float32")
-    runs = {system: open_system(system, setting.folder, setting.dtype) for system in SYSTEMS}
-    trials: dict[Kind, Trial] = {}
+    systems = _opened(setting)
+    trials: Trials = {}
     for kind in options.kinds:
         draws = [build(kind, tokens, options.num_documents, draw=draw) for draw in range(options.num_repeats)]
-        for run in runs.values():
+        for run in (*systems.ours.values(), *systems.plain.values()):
             run(build(kind, tokens, NUM_WARM_UP_DOCUMENTS, draw=options.num_repeats))
-        trial = Trial([draw.job for draw in draws])
+        own = {dtype: Trial([draw.job for draw in draws]) for dtype in setting.dtypes}
         for number, workload in enumerate(draws, 1):
-            note(f"{_title(setting, kind)}, {number} of {len(draws)}")
-            _interleave(runs, workload, judge, trial, note)
-        trials[kind] = trial
-    return trials
+            note(f"{setting.name} {kind}, {number} of {len(draws)}")
+            _interleave(systems, workload, own, note)
+        trials |= {(dtype, kind): trial for dtype, trial in own.items()}
+    return dict(sorted(trials.items(), key=lambda item: setting.dtypes.index(item[0][0])))
 
 
-def _title(setting: Setting, kind: Kind) -> str:
-    return f"{setting.name} {setting.dtype} {kind}"
+def _opened(setting: Setting) -> Systems:
+    model = load_plain(setting.folder, setting.dtypes[0])
+    return Systems(
+        ours={dtype: open_whyrank(setting.folder, dtype) for dtype in setting.dtypes},
+        plain={system: plain(model, system) for system in BASELINES},
+        judge=model if model.dtype == torch.float32 else load_plain(setting.folder, "float32"),
+    )
 
 
-def _interleave(
-    runs: Mapping[str, Run], workload: Workload, judge: PreTrainedModel, trial: Trial, note: Callable[[str], None]
-) -> None:
-    """Every system once, one after the other, on the same requests; times and agreement go into the trial."""
-    answers = {}
-    for system, run in runs.items():
+def _interleave(systems: Systems, workload: Workload, trials: Mapping[str, Trial], note: Callable[[str], None]) -> None:
+    """Every system once, one after the other, on the same requests; times and agreement go into the trials."""
+
+    def timed(system: str, title: str, run: Run, into: Iterable[Trial]) -> list[Answer]:
         start, start_cpu = time.perf_counter(), time.process_time()
-        answers[system] = run(workload)
-        trial.wall[system].append(time.perf_counter() - start)
-        trial.cpu[system].append(time.process_time() - start_cpu)
-        note(f"  {system}: {trial.wall[system][-1]:.2f} s, CPU {trial.cpu[system][-1]:.2f} s")
-    for system in BASELINES:
-        trial.agreements[system] += compare(judge, workload, answers["whyrank"], answers[system])
+        answers = run(workload)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+        for trial in into:
+            trial.wall[system].append(seconds)
+            trial.cpu[system].append(cpu_seconds)
+        note(f"  {title}: {seconds:.2f} s, CPU {cpu_seconds:.2f} s")
+        return answers
+
+    ours = {dtype: timed("whyrank", f"whyrank {dtype}", run, [trials[dtype]]) for dtype, run in systems.ours.items()}
+    for system, run in systems.plain.items():
+        theirs = timed(system, system, run, trials.values())
+        for dtype, trial in trials.items():
+            trial.agreements[system] += compare(systems.judge, workload, ours[dtype], theirs)
 
 
-def _memory_of(setting: Setting, system: str, kind: Kind, options: Options) -> float:
-    """Peak memory of a process that loads one system and runs the workload once; in 1e6 bytes."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        job = pool.submit(
-            peak_memory_of_run, system, setting.folder, setting.dtype, kind, options.num_documents, options.num_threads
-        )
-        try:
-            return job.result()
-        except BrokenProcessPool as cause:
-            raise GenerationError(
-                f"{_title(setting, kind)}: {system} died while its memory was measured, probably because there was not "
-                "enough; take fewer --documents or a smaller --model"
-            ) from cause
+def _memory(setting: Setting, dtype: str, kind: Kind, options: Options, systems: Sequence[str]) -> dict[str, float]:
+    """For each system, peak memory of a process that loads it and runs the workload once; in 1e6 bytes."""
+    found = {}
+    for system in systems:
+        measured = (setting.folder, dtype, kind, options.num_documents, options.num_threads)
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+            job = pool.submit(peak_memory_of_run, system, *measured)
+            try:
+                found[system] = job.result()
+            except BrokenProcessPool as cause:
+                raise GenerationError(
+                    f"{setting.name} {dtype} {kind}: {system} died while its memory was measured, probably because "
+                    "there was not enough; take fewer --documents or a smaller --model"
+                ) from cause
+    return found
 
 
 def peak_memory_of_run(
@@ -168,20 +202,20 @@ def best_baseline(times: Mapping[str, Sequence[float]]) -> str:
 
 
 def _rows(
-    setting: Setting, kind: Kind, trial: Trial, memory: Mapping[str, float], rates: Rates
+    keys: Mapping[str, str], shape: Shape, trial: Trial, memory: Mapping[str, float], rates: Rates
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """A row per system, and what stands behind it."""
     wall_ratios, cpu_ratios = (ratios(times, best_baseline(times)) for times in (trial.wall, trial.cpu))
-    phases = [ideal_work(setting.shape, BYTES[setting.dtype], job) for job in trial.jobs]
-    least = [least_seconds(work, limits(rates, setting.dtype)) for work in phases]
+    phases = [ideal_work(shape, BYTES[keys["dtype"]], job) for job in trial.jobs]
+    least = [least_seconds(work, limits(rates, keys["dtype"])) for work in phases]
     num = len(trial.jobs[0].documents)
     for system in SYSTEMS:
         seconds, cpu_seconds = trial.wall[system], trial.cpu[system]
         row = {
-            "workload": kind,
-            "model": setting.name,
+            "workload": keys["workload"],
+            "model": keys["model"],
             "system": system,
-            "dtype": setting.dtype,
+            "dtype": keys["dtype"],
             "documents_per_second": round(num / median(seconds), 4),
             "ratio": round(wall_ratios[system], 3),
             "peak_rss_mb": round(memory[system], 1),

@@ -28,7 +28,7 @@ from transformers import AutoConfig  # noqa: E402
 from benchmarks.machine import description  # noqa: E402
 from benchmarks.measuring import Options, Setting, measure  # noqa: E402
 from benchmarks.roofline import BYTES, Shape  # noqa: E402
-from benchmarks.systems import SYSTEMS  # noqa: E402
+from benchmarks.systems import SYSTEMS, plain_dtype  # noqa: E402
 from benchmarks.workload import KINDS, RANDOM_MODELS, endless_copy, save_random_model  # noqa: E402
 from whyrank.errors import WhyrankError  # noqa: E402
 from whyrank.generators.hf.load import Dtype, without_progress_bars  # noqa: E402
@@ -37,7 +37,8 @@ DTYPE_NAMES = tuple(dtype for dtype in get_args(Dtype) if dtype in BYTES)
 
 
 def settings(options: Options, work: Path) -> Iterator[Setting]:
-    """Every model at every dtype; models are made or linked in the folder `work`."""
+    """Every model, with those dtypes together that are held against the same plain systems; models are made or linked
+    in the folder `work`."""
     for number, model in enumerate(options.models):
         folder = work / str(number)
         if model in RANDOM_MODELS:
@@ -45,8 +46,10 @@ def settings(options: Options, work: Path) -> Iterator[Setting]:
         else:
             endless_copy(Path(model), folder)
         shape = Shape.of(AutoConfig.from_pretrained(folder).get_text_config(decoder=True))
-        for dtype in options.dtypes:
-            yield Setting(model if model in RANDOM_MODELS else Path(model).resolve().name, folder, shape, dtype)
+        name = model if model in RANDOM_MODELS else Path(model).resolve().name
+        for plain in dict.fromkeys(map(plain_dtype, options.dtypes)):
+            dtypes = tuple(dtype for dtype in options.dtypes if plain_dtype(dtype) == plain)
+            yield Setting(name, folder, shape, dtypes)
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:

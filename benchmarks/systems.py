@@ -26,6 +26,9 @@ __all__ = [
     "generate",
     "load_plain",
     "open_system",
+    "open_whyrank",
+    "plain",
+    "plain_dtype",
 ]
 
 BASELINES = {"generate-1": 1, "generate-8": 8, "generate-32": 32}
@@ -47,16 +50,13 @@ Run = Callable[[Workload], list[Answer]]
 
 def open_system(system: str, folder: Path, dtype: str) -> Run:
     """Load a checkpoint for one side; what comes back answers all documents of a workload, in their order."""
-    if system == "whyrank":
-        return _whyrank(folder, dtype)
-    model = load_plain(folder, dtype)
-    return lambda workload: generate(model, workload, BASELINES[system])
+    return open_whyrank(folder, dtype) if system == "whyrank" else plain(load_plain(folder, dtype), system)
 
 
 # ---- whyrank --------------------------------------------------------------------------------------------------
 
 
-def _whyrank(folder: Path, dtype: str) -> Run:
+def open_whyrank(folder: Path, dtype: str) -> Run:
     """whyrank as users have it: the generator with its default settings, from requests to completions."""
     generator = HfGenerator.load(folder, device="cpu", dtype=cast(Any, dtype))
 
@@ -74,13 +74,24 @@ def _whyrank(folder: Path, dtype: str) -> Run:
 # ---- transformers ---------------------------------------------------------------------------------------------
 
 
+def plain_dtype(dtype: str) -> str:
+    """What whyrank's dtype is held against: itself, but for int8, which transformers does not have on CPUs without
+    further packages, float32."""
+    return "float32" if dtype == "int8" else dtype
+
+
 def load_plain(folder: Path, dtype: str) -> PreTrainedModel:
-    """The checkpoint as transformers loads it, with torch's attention, on the CPU; float32 for int8, which transformers
-    does not have there without further packages."""
-    own = torch.float32 if dtype == "int8" else DTYPES[dtype]
+    """The checkpoint as transformers loads it, with torch's attention, on the CPU, in the dtype that `plain_dtype`
+    says."""
+    own = DTYPES[plain_dtype(dtype)]
     with without_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=own, attn_implementation="sdpa")
     return cast(PreTrainedModel, model.eval())
+
+
+def plain(model: PreTrainedModel, system: str) -> Run:
+    """`generate` with the batch size of one of `BASELINES`."""
+    return lambda workload: generate(model, workload, BASELINES[system])
 
 
 @torch.inference_mode()

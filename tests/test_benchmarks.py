@@ -375,6 +375,21 @@ def test_the_whole_command_on_a_tiny_model(checkpoint: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_dtypes_held_against_the_same_plain_systems_share_their_runs(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "speed.json"
+    options = ("--documents", "2", "--repeats", "2", "--workload", "S", "--dtype", "int8", "bfloat16", "float32")
+    done = run("--model", checkpoint, *options, "--json", target)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(target.read_text(encoding="utf-8"))
+    assert [row["dtype"] for row in result["rows"]] == ["int8"] * 4 + ["float32"] * 4 + ["bfloat16"] * 4
+    seconds = {(more["dtype"], more["system"]): more["wall_seconds"] for more in result["measurements"]}
+    for system in BASELINES:
+        assert seconds["int8", system] == seconds["float32", system] != seconds["bfloat16", system]
+    assert seconds["int8", "whyrank"] != seconds["float32", "whyrank"]
+    assert [found["dtype"] for found in result["machine"]] == ["int8", "float32", "bfloat16"]
+
+
+@pytest.mark.slow
 def test_a_wrong_model_is_refused_in_one_line(tmp_path: Path) -> None:
     done = run("--model", tmp_path)
     assert done.returncode == 1
