@@ -6,11 +6,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from whyrank.generators.hf.threads import WORTH_A_THREAD, Part, _in_own_threads, _in_team, _openmp, in_threads
+from whyrank.generators.hf.threads import WORTH_A_THREAD, Part, _in_own_threads, _in_team, _OpenMp, _openmp, in_threads
 
 NUM_THREADS = 3
 Way = Callable[[int, Part], None]
@@ -37,12 +38,9 @@ def way(request: pytest.FixtureRequest) -> Way:
     return chosen
 
 
-def test_the_package_index_s_torch_for_linux_lends_its_threads() -> None:
+def test_torch_for_linux_lends_its_threads() -> None:
     is_openmp = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
-    if sys.platform == "linux" and is_openmp:
-        assert _openmp() is not None
-    else:
-        assert not is_openmp or sys.platform in ("darwin", "win32")
+    assert (_openmp() is not None) == (sys.platform == "linux" and is_openmp)
 
 
 @pytest.mark.parametrize("num", [2, NUM_THREADS])
@@ -74,27 +72,48 @@ def test_what_a_part_raises_is_raised_when_all_are_over(way: Way, failing: int) 
     assert sorted(ended) == [i for i in range(NUM_THREADS) if i != failing]
 
 
-def test_torch_s_products_and_loops_take_turns_in_the_same_threads() -> None:
-    def threads_of_a_loop() -> set[int]:
-        found: list[int] = []
-        in_torchs_threads(NUM_THREADS, lambda i, n: found.append(threading.get_native_id()))
-        return set(found)
+def test_an_interrupt_that_ctypes_swallows_is_raised() -> None:
+    """Before the first line of what C calls, nothing can catch it: the part is left out."""
 
-    before = threads_of_a_loop()
+    def region(body: Callable[[object], None], *_: object) -> None:
+        body(None)  # one thread of two
+
+    with pytest.raises(KeyboardInterrupt):
+        _in_team(_OpenMp(region, lambda: 0, lambda: 2), 2, lambda i, n: None)
+
+
+def test_a_team_of_one_does_everything() -> None:
+    """OpenMP may give fewer threads than were asked for."""
+
+    def region(body: Callable[[object], None], *_: object) -> None:
+        body(None)
+
+    called: list[tuple[int, int]] = []
+    _in_team(_OpenMp(region, lambda: 0, lambda: 1), 3, lambda i, n: called.append((i, n)))
+    assert called == [(0, 3), (1, 3), (2, 3)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists this process's threads in Linux's way")
+def test_loops_start_no_thread_beside_those_that_torch_s_products_have() -> None:
     rows = torch.ones(512, 256)
     assert torch.equal(rows @ rows.T, torch.full((512, 512), 256.0))
-    assert threads_of_a_loop() == before
+    before = {int(path.name) for path in Path("/proc/self/task").iterdir()}
+    found: list[int] = []
+    in_torchs_threads(NUM_THREADS, lambda i, n: found.append(threading.get_native_id()))
+    assert len(set(found)) == NUM_THREADS
+    assert set(found) <= before
 
 
 @pytest.mark.parametrize(
     ("num_read", "num_threads", "num_parts"),
     [
         (NUM_THREADS * WORTH_A_THREAD, NUM_THREADS, NUM_THREADS),
-        (NUM_THREADS * WORTH_A_THREAD - 1, NUM_THREADS, 1),
+        (NUM_THREADS * WORTH_A_THREAD - 1, NUM_THREADS, NUM_THREADS - 1),
+        (2 * WORTH_A_THREAD - 1, NUM_THREADS, 1),
         (1 << 40, 1, 1),
     ],
 )
-def test_a_loop_that_reads_little_stays_in_its_thread(num_read: int, num_threads: int, num_parts: int) -> None:
+def test_a_loop_that_reads_little_has_fewer_parts(num_read: int, num_threads: int, num_parts: int) -> None:
     torch.set_num_threads(num_threads)
     called: list[tuple[int, int]] = []
     in_threads(num_read, lambda i, n: called.append((i, n)))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,17 +24,15 @@ Part = Callable[[int, int], object]
 
 
 def in_threads(num_read: int, call: Part) -> None:
-    """`call(i, n)` for every i below n, side by side: as many as torch may use threads, or one if there is little to
+    """`call(i, n)` for every i below n, side by side: as many as torch may use threads, or fewer if there is little to
     read. What a call raises is raised here, when all are over.
 
     `call` has to be without the interpreter's lock for most of its time.
     """
-    num = torch.get_num_threads()
-    if num == 1 or num_read < num * WORTH_A_THREAD:
+    num = max(1, min(torch.get_num_threads(), num_read // WORTH_A_THREAD))
+    if num == 1:
         call(0, 1)
-        return
-    openmp = _openmp()
-    if openmp is None:
+    elif (openmp := _openmp()) is None:
         _in_own_threads(num, call)
     else:
         _in_team(openmp, num, call)
@@ -46,8 +44,8 @@ _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class _OpenMp(NamedTuple):
-    """What compilers call for a parallel region, and in it (GNU libgomp manual, "Implementing PARALLEL construct").
-    LLVM's and Intel's libraries have the same calls on Linux."""
+    """What GCC's compilers call for a parallel region since 4.9, and in it (`GOMP_parallel` in libgomp's libgomp_g.h;
+    OpenMP 4.5, 3.2). LLVM's and Intel's libraries have the same calls on Linux."""
 
     region: Callable[..., object]
     number: Callable[[], int]
@@ -57,31 +55,40 @@ class _OpenMp(NamedTuple):
 @cache
 def _openmp() -> _OpenMp | None:
     """The OpenMP library that torch itself uses, of which there may be several in a process; `None` if it uses none,
-    or one without these calls."""
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:  # names are looked for in the library and those that it needs
-        region = ctypes.CDLL(str(path)).GOMP_parallel
-        inside = ctypes.PyDLL(str(path))  # keeps the interpreter's lock: these calls are short
-        found = _OpenMp(region, inside.omp_get_thread_num, inside.omp_get_num_threads)
-    except (OSError, AttributeError):
-        return None
-    region.argtypes, region.restype = (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return found
+    or this is not Linux.
+
+    As the linker does for torch, names are looked for in what is there for all (a library may have been preloaded), and
+    then in torch's module and the libraries that it needs.
+    """
+    if sys.platform == "linux":
+        for module in (None, torch._C.__file__):
+            inside = ctypes.PyDLL(module)  # keeps the interpreter's lock: calls in a region are short
+            if hasattr(inside, "GOMP_parallel"):
+                region = ctypes.CDLL(module).GOMP_parallel
+                region.argtypes, region.restype = (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+                return _OpenMp(region, inside.omp_get_thread_num, inside.omp_get_num_threads)
+    return None
 
 
 def _in_team(openmp: _OpenMp, num: int, call: Part) -> None:
-    """All threads or none: those that a smaller region leaves out would be ended, and started anew for the next."""
+    """All threads come, even if some have nothing to do: those that a smaller region leaves out would be ended, and
+    started anew for the next."""
+    ended: list[int] = []
     errors: list[BaseException] = []
 
     def body(_: object) -> None:
         try:  # what leaves a function that C has called is printed and lost
-            call(openmp.number(), openmp.num_threads())
+            for part in range(openmp.number(), num, openmp.num_threads()):
+                call(part, num)
+                ended.append(part)
         except BaseException as error:
             errors.append(error)
 
-    openmp.region(_Body(body), None, num, 0)
+    openmp.region(_Body(body), None, torch.get_num_threads(), 0)
     if errors:
         raise errors[0]
+    if len(ended) < num:
+        raise KeyboardInterrupt  # it came just before `try`, where nothing but an interrupt comes from
 
 
 # ---- threads of our own ----------------------------------------------------------------------------------------
