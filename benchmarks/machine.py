@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks.roofline import Limits, Shape
+from whyrank.errors import GenerationError
 
 __all__ = ["Rates", "description", "limits", "measure_rates", "merged", "peak_memory_mb", "sooner"]
 
@@ -109,11 +110,14 @@ def limits(rates: Rates, dtype: str) -> Limits:
     """The best rate of this dtype over all sizes and layouts, and the bandwidth.
 
     float16 is held against bfloat16's rate: processors have both at the same speed or lack the former.
+
+    Raises:
+        GenerationError: there is no such product here.
     """
     measured = rates["gemm_gflops"]["bfloat16" if dtype == "float16" else dtype]
     found = [rate for rate in measured.values() if rate is not None]
     if not found:
-        raise RuntimeError(f"this build of torch has no {dtype} matrix product that could be measured")
+        raise GenerationError(f"--dtype {dtype}: this build of torch has no such matrix product here")
     return Limits(max(found) * 1e9, rates["copy_gb_per_second"] * 1e9)
 
 

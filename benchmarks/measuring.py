@@ -29,6 +29,7 @@ from benchmarks.systems import (
     open_system,
     open_whyrank,
     plain,
+    plain_dtype,
 )
 from benchmarks.workload import Kind, Workload, build
 from whyrank.errors import GenerationError
@@ -91,6 +92,8 @@ Trials = dict[tuple[str, Kind], Trial]  # by dtype and workload
 def measure(setting: Setting, options: Options, note: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
     """Rows, measurements, checks and rates (`machine`); `note` gets a line about every run."""
     rates = measure_rates(setting.shape, options.num_documents)
+    for dtype in setting.dtypes:
+        limits(rates, dtype)  # refused now rather than in an hour
     trials = _trials(setting, options, note)
     rates = merged(rates, measure_rates(setting.shape, options.num_documents))
     result: dict[str, list[dict[str, Any]]] = {"rows": [], "measurements": [], "checks": [], "machine": []}
@@ -206,11 +209,12 @@ def _rows(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """A row per system, and what stands behind it."""
     wall_ratios, cpu_ratios = (ratios(times, best_baseline(times)) for times in (trial.wall, trial.cpu))
-    phases = [ideal_work(shape, BYTES[keys["dtype"]], job) for job in trial.jobs]
-    least = [least_seconds(work, limits(rates, keys["dtype"])) for work in phases]
     num = len(trial.jobs[0].documents)
     for system in SYSTEMS:
         seconds, cpu_seconds = trial.wall[system], trial.cpu[system]
+        dtype = keys["dtype"] if system == "whyrank" else plain_dtype(keys["dtype"])
+        phases = [ideal_work(shape, BYTES[dtype], job) for job in trial.jobs]
+        least = [least_seconds(work, limits(rates, dtype)) for work in phases]
         row = {
             "workload": keys["workload"],
             "model": keys["model"],

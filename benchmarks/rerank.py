@@ -133,8 +133,8 @@ def main(arguments: Sequence[str]) -> int:
         for setting in settings(options, Path(work)):
             for key, found in measure(setting, options, progress.print).items():
                 result[key] += found
-    if target is not None:
-        write_result(target, result)
+            if target is not None:  # what is there already, should a later model fail
+                write_result(target, result)
     for table in tables(result):
         screen.print(table)
     screen.print(f"{made['cpu']}, threads: {options.num_threads}, median of {options.num_repeats} interleaved runs")

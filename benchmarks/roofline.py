@@ -27,7 +27,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Bytes of one weight and of one cached value (an activation has the width of the latter)."""
+    """Bytes of one weight and of one cached key or value."""
 
     weight: int
     value: int
@@ -37,7 +37,7 @@ BYTES = {
     "float32": Precision(4, 4),
     "bfloat16": Precision(2, 2),
     "float16": Precision(2, 2),
-    "int8": Precision(1, 4),
+    "int8": Precision(1, 2),  # as whyrank keeps them
 }
 
 

@@ -37,6 +37,7 @@ from tests.checkpoints import FAMILIES, Family, save_checkpoint
 from whyrank.errors import InputError
 from whyrank.generators.hf import HfGenerator
 from whyrank.generators.hf.chat import ChatTokens, Endings
+from whyrank.generators.hf.linears import is_available
 from whyrank.generators.hf.load import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "rerank.py"
@@ -375,6 +376,7 @@ def test_the_whole_command_on_a_tiny_model(checkpoint: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not is_available(int8=True), reason="this torch has no 8-bit products here")
 def test_dtypes_held_against_the_same_plain_systems_share_their_runs(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "speed.json"
     options = ("--documents", "2", "--repeats", "2", "--workload", "S", "--dtype", "int8", "bfloat16", "float32")
@@ -384,8 +386,10 @@ def test_dtypes_held_against_the_same_plain_systems_share_their_runs(checkpoint:
     assert [row["dtype"] for row in result["rows"]] == ["int8"] * 4 + ["float32"] * 4 + ["bfloat16"] * 4
     seconds = {(more["dtype"], more["system"]): more["wall_seconds"] for more in result["measurements"]}
     for system in BASELINES:
-        assert seconds["int8", system] == seconds["float32", system] != seconds["bfloat16", system]
-    assert seconds["int8", "whyrank"] != seconds["float32", "whyrank"]
+        assert seconds["int8", system] == seconds["float32", system]
+    rooflines = {(row["dtype"], row["system"]): row["roofline"] for row in result["rows"]}
+    for system in BASELINES:  # they compute in float32 there
+        assert rooflines["int8", system] == rooflines["float32", system]
     assert [found["dtype"] for found in result["machine"]] == ["int8", "float32", "bfloat16"]
 
 
