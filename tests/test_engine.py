@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,9 @@ from whyrank.generators.hf.attention import packed_attention
 from whyrank.generators.hf.attention_loops import attend_several_narrow
 from whyrank.generators.hf.attention_products import Rule
 from whyrank.generators.hf.engine import rounded_up
+from whyrank.generators.hf.labels import prefixes_to_visit
 from whyrank.generators.hf.last_layer import LastLayer
+from whyrank.generators.hf.memory import LABEL_ROWS
 from whyrank.generators.hf.packing import Packing, Pool, Span, Store
 from whyrank.template import Template
 
@@ -308,6 +311,56 @@ def test_answers_do_not_depend_on_the_number_of_slots(generator: HfGenerator, ba
     for one, wanted in zip(found, expected, strict=True):
         assert one.label_probs == pytest.approx(wanted.label_probs, abs=1e-6)
         assert one.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_labels_of_many_answers_take_several_passes(generator: HfGenerator, batch_size: int) -> None:
+    """Eleven places of a trie are read for each: never more rows of logits than a few per slot and one whole trie."""
+    template = replace(Template.load("explain-0-2"), labels="0-10")
+    requests = [
+        template.render("why", "brown " * number, generator.tokens, sampling=Sampling(max_tokens=3)).request
+        for number in range(1, 9)
+    ]
+    (num_rows,) = {sum(map(len, prefixes_to_visit(generator.tokens.endings(request).labels))) for request in requests}
+    assert num_rows >= 11
+    expected = [answers(generator, [request])[0] for request in requests]
+    logits: list[int] = []
+    output = generator.model.get_output_embeddings()
+    handle = output.register_forward_hook(lambda module, given, found: logits.append(found.shape[1]))
+    try:
+        found = answers(replace(generator, batch_size=batch_size), requests)
+    finally:
+        handle.remove()
+    assert num_rows <= max(logits) <= LABEL_ROWS * min(batch_size, len(requests)) + num_rows
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    for one, wanted in zip(found, expected, strict=True):
+        assert one.label_probs == pytest.approx(wanted.label_probs, abs=1e-6)
+
+
+def test_several_threads_may_ask_one_model(generator: HfGenerator) -> None:
+    """A pass changes the model for its time; the threads' passes take turns."""
+    asked = [requests_about(generator, 5, query=query) for query in ("why", "how", "when", "where")]
+    expected = [answers(generator, requests) for requests in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(lambda requests: answers(generator, requests), asked * 5))
+    assert [[one.token_ids for one in group] for group in found] == [
+        [one.token_ids for one in group] for group in expected * 5
+    ]
+
+
+def test_a_model_s_threads_change_no_answer(generator: HfGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = requests_about(generator, 6)
+    expected = answers(generator, requests)
+    before = torch.get_num_threads()
+    monkeypatch.setattr("whyrank.generators.hf.threads.WORTH_A_THREAD", 1)
+    torch.set_num_threads(2)
+    try:
+        found = answers(generator, requests)
+    finally:
+        torch.set_num_threads(before)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    for one, wanted in zip(found, expected, strict=True):
+        assert one.label_probs == pytest.approx(wanted.label_probs, abs=1e-6)
 
 
 def test_a_finished_answer_makes_room_at_once(generator: HfGenerator) -> None:

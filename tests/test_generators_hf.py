@@ -262,8 +262,8 @@ def test_label_trie_by_hand() -> None:
     """Labels 1, 10 and 2 with terminator 9: P(1)=.5*.6, P(10)=.5*.4*.9, P(2)=.3*.2."""
     from math import exp, log
 
-    labels = [(1, 9), (1, 0, 9), (2, 9)]
-    assert prefixes_to_visit(labels) == [(1, 0), (2,)]
+    labels = ((1, 9), (1, 0, 9), (2, 9))
+    assert prefixes_to_visit(labels) == ((1, 0), (2,))
     after = {
         (): {1: log(0.5), 2: log(0.3)},
         (1,): {9: log(0.6), 0: log(0.4)},

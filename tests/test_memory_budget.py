@@ -16,7 +16,7 @@ from whyrank.errors import GenerationError, InputError
 from whyrank.generators import Completion, Request, Sampling
 from whyrank.generators.hf import HfGenerator
 from whyrank.generators.hf.linears import pack
-from whyrank.generators.hf.memory import TAKEN_BY_LIBRARIES, Footprint
+from whyrank.generators.hf.memory import LABEL_ROWS, TAKEN_BY_LIBRARIES, Footprint
 from whyrank.generators.opening import ModelOptions
 from whyrank.template import Template
 
@@ -76,9 +76,11 @@ def test_layers_with_a_window_take_a_mask_of_their_own() -> None:
 
 def test_slots_fill_the_budget_and_never_more() -> None:
     model = Footprint(cached_token=10, pass_token=3, logits_row=40, attended=5, scored=7)
-    needs = {"capacity": 8, "num_shared": 5, "num_pass_tokens": 20}
-    # Once: 20 tokens of activations, 20 x 13 mask entries of 5 bytes, scores of 13 tokens, two shared beginnings of 5.
-    fixed, slot = TAKEN_BY_LIBRARIES + 20 * 3 + 5 * 20 * 13 + 7 * 13 + 2 * 5 * 10, 8 * 10 + 40 + 3
+    needs = {"capacity": 8, "num_shared": 5, "num_pass_tokens": 20, "num_label_rows": 11}
+    # Once: 20 tokens of activations, 20 x 13 mask entries of 5 bytes, scores of 13 tokens, two shared beginnings of 5,
+    # and one answer's label trie.
+    fixed = TAKEN_BY_LIBRARIES + 20 * 3 + 5 * 20 * 13 + 7 * 13 + 2 * 5 * 10 + 11 * (40 + 3)
+    slot = 8 * 10 + 4 * (40 + 3)
     for num_slots in (1, 2, 7):
         assert model.num_slots(fixed + num_slots * slot, **needs, most=100) == num_slots
         assert model.num_slots(fixed + (num_slots + 1) * slot - 1, **needs, most=100) == num_slots
@@ -116,6 +118,7 @@ def test_answers_are_the_same_within_any_budget(generator: HfGenerator) -> None:
         + int(footprint.cached_token * longest * 2)
         + footprint.pass_token * (512 + 3 * longest)
         + 5 * (512 + 3 * longest) * (2 * longest)
+        + LABEL_ROWS * footprint.logits_row
     )
     for budget in (least, 2 * least - TAKEN_BY_LIBRARIES, 10**9):
         found = answers(replace(generator, memory=budget), requests)
@@ -190,7 +193,8 @@ def test_a_longer_shared_beginning_is_planned_for_when_it_comes(generator: HfGen
         capacity = 64 * -(-(longest + 20) // 64)
         num_pass_tokens = 512 + capacity + prefixes[1]
         attended = 5 * num_pass_tokens * (capacity + prefixes[1])
-        slot = capacity * footprint.cached_token + footprint.logits_row + footprint.pass_token
+        labels = (LABEL_ROWS + 3) * (footprint.logits_row + footprint.pass_token)  # a terminator after each of three
+        slot = capacity * footprint.cached_token + labels
         return TAKEN_BY_LIBRARIES + num_pass_tokens * footprint.pass_token + attended + shared + slot
 
     assert [one.error for one in answers(replace(few, memory=budget(for_long)), [*short, *long])] == [None] * 21

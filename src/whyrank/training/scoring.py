@@ -160,7 +160,7 @@ def score(
     return Scores(table(log_probs), table(values), table(unsure), labels)
 
 
-def _label_log_probs(logits: Tensor, places: Sequence[Tensor], per_episode: int, labels: Sequence[Tokens]) -> Tensor:
+def _label_log_probs(logits: Tensor, places: Sequence[Tensor], per_episode: int, labels: tuple[Tokens, ...]) -> Tensor:
     """`(R, L)`: log-probability of every label, the product along its tokens."""
     paths = prefixes_to_visit(labels)
     at_node: dict[Tokens, Tensor] = {(): torch.stack([found[-1] for found in places[::per_episode]])}

@@ -7,8 +7,9 @@ cache runs; others are refused by name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Self
 
 import torch
@@ -41,7 +42,8 @@ class HfGenerator:
     """A loaded model as a `Generator`.
 
     `batch_size` is the number of answers that are written at once: `None` stands for 32, or for as many as there is
-    room for where `memory` bytes, on top of the weights, are given.
+    room for where `memory` bytes, on top of the weights, are given. Several threads may generate at once, or several
+    iterations in turn: they share the model pass by pass.
     """
 
     name: str
@@ -49,6 +51,7 @@ class HfGenerator:
     tokens: ChatTokens
     batch_size: int | None = None
     memory: int | None = None
+    turn: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @classmethod
     def load(
@@ -100,9 +103,13 @@ class HfGenerator:
         return self.tokens.eos_ids | frozenset(i for i in more if isinstance(i, int))
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
-        """Yield each completion as soon as it is ready; reads a bounded number of requests ahead."""
+        """Yield each completion as soon as it is ready.
+
+        Reads requests ahead, a few batches of them, before the first pass and whenever half of them have been let in,
+        and waits for a source that has none ready: what comes over time is best asked in groups.
+        """
         most = self.batch_size or (DEFAULT_BATCH if self.memory is None else MOST_AT_ONCE)
-        engine = Engine(self.model, self.tokens, self.eos_ids, most, self.memory)
+        engine = Engine(self.model, self.tokens, self.eos_ids, most, self.memory, self.turn)
         try:
             yield from engine.run(self._prepare(index, request) for index, request in enumerate(requests))
         except torch.OutOfMemoryError as cause:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from threading import Lock
 from typing import cast
 
 import torch
@@ -27,7 +28,7 @@ from whyrank.generators.hf.kernels import best_tokens
 from whyrank.generators.hf.labels import label_log_probs, prefixes_to_visit
 from whyrank.generators.hf.last_layer import LastLayer
 from whyrank.generators.hf.linears import is_narrow
-from whyrank.generators.hf.memory import Footprint
+from whyrank.generators.hf.memory import LABEL_ROWS, Footprint
 from whyrank.generators.hf.packing import Packing, Pool, Span, Store
 
 __all__ = ["Answer", "Engine", "rounded_up"]
@@ -63,12 +64,24 @@ class Answer:
     store: Store = field(default_factory=lambda: Store(0))
     num_prompt_stored: int = 0
     random: torch.Generator | None = None
+    before_document: Tokens = field(init=False)
+    whole: Tokens = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note what may be shared: what comes before the document, and all of the prompt but its last token, which has
+        to be asked anew."""
+        self.before_document, self.whole = tuple(self.prompt[: self.num_shared]), tuple(self.prompt[:-1])
 
     @property
     def num_needed(self) -> int:
         """Most tokens that its own store will hold."""
         longest = 0 if self.request.is_direct else self.request.sampling.max_tokens
         return len(self.prompt) - self.num_shared + longest + len(self.endings.prompt) + 1
+
+    @property
+    def num_label_rows(self) -> int:
+        """Places of the label trie whose logits are wanted at once."""
+        return sum(map(len, prefixes_to_visit(self.endings.labels)))
 
     @property
     def visits(self) -> list[Tokens]:
@@ -117,6 +130,8 @@ class Engine:
         eos_ids: tokens that end an answer.
         num_slots: how many answers are written at once at most.
         memory: bytes that may be taken on top of the weights; fewer answers are written at once to keep to it.
+        turn: held during every pass; engines that run one model in several threads have to share it, because a pass
+            changes the model for its time.
     """
 
     def __init__(
@@ -126,17 +141,21 @@ class Engine:
         eos_ids: frozenset[int],
         num_slots: int,
         memory: int | None = None,
+        turn: Lock | None = None,
     ) -> None:
         self._model = model
-        self._last_layer = LastLayer.of(model)
         self._kept_dtype = torch.bfloat16 if is_narrow(model) else None  # of keys and values
         self._tokens = tokens
         self._eos_ids = eos_ids
         self._num_slots = num_slots
         self._memory = memory
+        self._turn = turn or Lock()
+        with self._turn:
+            self._last_layer = LastLayer.of(model)
         self._max_pass_tokens = MAX_PASS_TOKENS_ON_CPU if model.device.type == "cpu" else MAX_PASS_TOKENS
         self._pool = Pool(0, 0)
         self._num_shareable = 0
+        self._num_label_rows = 0
         self._shared: dict[Tokens, Store] = {}  # by all tokens up to and including theirs
         self._num_users: Counter[Tokens] = Counter()
         self._pending: dict[int, list[int]] = {}  # by index of the answer
@@ -155,7 +174,7 @@ class Engine:
             fills = self._admit(waiting, active)
             if not active:
                 return
-            self._pass([*fills, *(task for answer in active for task in self._tasks(answer))])
+            self._pass([*fills, *self._next(active)])
             for answer in [found for found in active if found.is_ready]:
                 active.remove(answer)
                 self._leave(answer)
@@ -174,13 +193,13 @@ class Engine:
         for item in islice(source, most - len(waiting)):
             if isinstance(item, Answer):
                 waiting.append(item)
-                self._num_users.update(_prefixes(item))
+                self._num_users.update((item.before_document, item.whole))
             else:
                 yield item
         arrival: dict[Tokens, int] = {}
         for answer in waiting:
-            arrival.setdefault(_prefixes(answer)[0], answer.index)
-        waiting.sort(key=lambda answer: (arrival[_prefixes(answer)[0]], -answer.num_needed, tuple(answer.prompt)))
+            arrival.setdefault(answer.before_document, answer.index)
+        waiting.sort(key=lambda answer: (arrival[answer.before_document], -answer.num_needed, answer.prompt))
 
     def _admit(self, waiting: list[Answer], active: list[Answer]) -> list[_Task]:
         """Let in as many as there are slots for and a pass has room for; returns what fills new shared stores."""
@@ -208,19 +227,24 @@ class Engine:
         if self._memory is None:
             return Pool(most, capacity, self._kept_dtype)
         self._num_shareable = 2 * max(self._num_shared(found) for found in waiting)
+        self._num_label_rows = max(found.num_label_rows for found in waiting)
         num_slots = Footprint.of(self._model, self._kept_dtype).num_slots(
             self._memory,
             capacity=capacity,
             num_shared=self._num_shareable // 2,
             num_pass_tokens=self._max_pass_tokens + capacity + self._num_shareable // 2,
+            num_label_rows=self._num_label_rows,
             most=most,
         )
         return Pool(num_slots, capacity, self._kept_dtype)
 
     def _was_planned_for(self, answer: Answer) -> bool:
-        """Whether the answer fits into a slot, and what it shares into what the memory was divided for."""
-        fits = answer.num_needed <= self._pool.capacity
-        return fits and (self._memory is None or 2 * self._num_shared(answer) <= self._num_shareable)
+        """Whether the answer fits into a slot, and what it shares and its labels into what the memory was divided
+        for."""
+        if answer.num_needed > self._pool.capacity or self._memory is None:
+            return answer.num_needed <= self._pool.capacity
+        fits_labels = answer.num_label_rows <= self._num_label_rows
+        return fits_labels and 2 * self._num_shared(answer) <= self._num_shareable
 
     def _num_shared(self, answer: Answer) -> int:
         """Tokens that an answer's shared stores hold."""
@@ -255,20 +279,31 @@ class Engine:
 
     def _worth_sharing(self, answer: Answer) -> list[Tokens]:
         """What stands before the document, and the rest of the prompt where several samples of the pair are asked."""
-        before_document, whole = _prefixes(answer)
-        shared = [before_document] if before_document else []
-        return [*shared, whole] if self._num_users[whole] > 1 and len(whole) > len(before_document) else shared
+        shared = [answer.before_document] if answer.before_document else []
+        is_whole = self._num_users[answer.whole] > 1 and len(answer.whole) > answer.num_shared
+        return [*shared, answer.whole] if is_whole else shared
 
     def _leave(self, answer: Answer) -> None:
         self._pool.give_back(answer.store)
         del self._pending[answer.index]
-        for prefix in _prefixes(answer):
+        for prefix in (answer.before_document, answer.whole):
             self._num_users[prefix] -= 1
             if not self._num_users[prefix]:
                 del self._num_users[prefix]
                 self._shared.pop(prefix, None)
 
     # ---- one pass --------------------------------------------------------------------------------------------
+
+    def _next(self, active: Sequence[Answer]) -> list[_Task]:
+        """What all want from the next pass, but of label tries only as many rows as memory was counted for."""
+        tasks, room, is_first = [], LABEL_ROWS * self._pool.num_slots - len(active), True
+        for answer in active:
+            if () in answer.after:
+                if answer.num_label_rows > room and not is_first:
+                    continue
+                room, is_first = room - answer.num_label_rows, False
+            tasks += self._tasks(answer)
+        return tasks
 
     def _tasks(self, answer: Answer) -> list[_Task]:
         """What an answer wants from the next pass: its pending tokens, or all ways through its label trie at once."""
@@ -280,7 +315,8 @@ class Engine:
     def _pass(self, tasks: list[_Task]) -> None:
         """Run the model once over the tokens of all tasks, and hand every answer its logits."""
         in_pool = {id(store) for store in self._pool.stores}
-        tasks = sorted(tasks, key=lambda task: not (len(task.tokens) == 1 and id(task.store) in in_pool))
+        single = [task for task in tasks if len(task.tokens) == 1 and id(task.store) in in_pool]
+        tasks = [*single, *(task for task in tasks if len(task.tokens) > 1 or id(task.store) not in in_pool)]
         spans, num_tokens = [], 0
         for task in tasks:
             spans.append(
@@ -289,7 +325,6 @@ class Engine:
             num_tokens += len(task.tokens)
         for task in tasks:
             task.store.length += len(task.tokens)
-        num_single = sum(len(task.tokens) == 1 and id(task.store) in in_pool for task in tasks)
         places = [
             place
             for task, span in zip(tasks, spans, strict=True)
@@ -300,8 +335,8 @@ class Engine:
         unused = [0] * (rounded_up(len(ids)) - len(ids))
         device = self._model.device
         wanted = torch.tensor(places, device=device)
-        packing = Packing(self._pool, spans[:num_single], spans[num_single:], device, self._last_layer.index)
-        with packed_attention(self._model), self._last_layer.only_at(wanted):
+        packing = Packing(self._pool, spans[: len(single)], spans[len(single) :], device, self._last_layer.index)
+        with self._turn, packed_attention(self._model), self._last_layer.only_at(wanted):
             output = self._model(
                 input_ids=torch.tensor([ids + unused], device=device),
                 position_ids=torch.tensor([positions + unused], device=device),
@@ -361,12 +396,6 @@ def rounded_up(num_tokens: int) -> int:
     """How long a pass is made: few different lengths, since oneDNN keeps code of its own for each of them."""
     step = 1 if num_tokens <= 32 else 16 if num_tokens <= 128 else 32
     return math.ceil(num_tokens / step) * step
-
-
-def _prefixes(answer: Answer) -> tuple[Tokens, Tokens]:
-    """What stands before the document, and all of the prompt but its last token, which has to be asked anew."""
-    prompt = tuple(answer.prompt)
-    return prompt[: answer.num_shared], prompt[:-1]
 
 
 def _sample(logits: Tensor, answer: Answer) -> tuple[int, float]:

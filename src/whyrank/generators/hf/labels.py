@@ -8,19 +8,22 @@ one of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 __all__ = ["label_log_probs", "prefixes_to_visit"]
 
 Tokens = tuple[int, ...]
 
 
-def prefixes_to_visit(labels: Sequence[Tokens]) -> list[Tokens]:
+@lru_cache
+def prefixes_to_visit(labels: tuple[Tokens, ...]) -> tuple[Tokens, ...]:
     """The longest proper, non-empty prefixes of the labels, without those that begin another one.
 
     Visiting each of them once gives the logits after every inner node of the trie.
     """
     inner = {label[:end] for label in labels for end in range(1, len(label))}
-    return sorted(node for node in inner if not any(node != other and other[: len(node)] == node for other in inner))
+    beginnings = {node[:end] for node in inner for end in range(1, len(node))}
+    return tuple(sorted(inner - beginnings))
 
 
 def label_log_probs(labels: Sequence[Tokens], after: Mapping[Tokens, Mapping[int, float]]) -> list[float]:

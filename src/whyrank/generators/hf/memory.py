@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from whyrank.errors import GenerationError
 from whyrank.generators.hf.attention_loops import QUERIES_AT_ONCE
 
-__all__ = ["TAKEN_BY_LIBRARIES", "Footprint"]
+__all__ = ["LABEL_ROWS", "TAKEN_BY_LIBRARIES", "Footprint"]
 
 LOGITS_COPIES = 3
+LABEL_ROWS = 4  # of next-token scores in one pass for each slot; a template with more labels takes several passes
 # What libraries take for themselves once passes run, however large: code that oneDNN makes and numba loads, torch's own
 # buffers; 42 to 67 MiB were measured (docs/log.md).
 TAKEN_BY_LIBRARIES = 64 * 2**20
@@ -30,7 +31,7 @@ class Footprint:
     """What a model needs on top of its weights, in bytes.
 
     `cached_token` is for the keys and values of one token in all layers, `pass_token` for the activations of a token
-    while a pass runs, `logits_row` for the next-token scores of one answer, `attended` for a token of a prompt and one
+    while a pass runs, `logits_row` for next-token scores at one place, `attended` for a token of a prompt and one
     that it might attend to: what is added to their score, in layers with a window and in those without. `scored` is for
     a token that many attend to at once: scores that are made of keys in bfloat16, and at most two copies of the key and
     value.
@@ -66,7 +67,9 @@ class Footprint:
             scored=2 * (QUERIES_AT_ONCE * num_heads + 2 * key_values) if kept == torch.bfloat16 else 0,
         )
 
-    def num_slots(self, budget: int, *, capacity: int, num_shared: int, num_pass_tokens: int, most: int) -> int:
+    def num_slots(
+        self, budget: int, *, capacity: int, num_shared: int, num_pass_tokens: int, num_label_rows: int, most: int
+    ) -> int:
         """How many answers can be written at once.
 
         Args:
@@ -74,6 +77,7 @@ class Footprint:
             capacity: tokens that a slot holds, the longest prompt without its shared beginning among them.
             num_shared: tokens of the longest shared beginning; each of two queries at once has one.
             num_pass_tokens: the most prompt tokens in one pass, shared beginnings included.
+            num_label_rows: the most places of one answer's label trie that are read; one answer is always let in.
             most: upper bound of the result.
 
         Raises:
@@ -81,8 +85,9 @@ class Footprint:
         """
         attended = (num_pass_tokens * self.attended + self.scored) * (capacity + num_shared)
         passing = num_pass_tokens * self.pass_token + attended
-        fixed = TAKEN_BY_LIBRARIES + passing + 2 * num_shared * self.cached_token
-        slot = capacity * self.cached_token + self.logits_row + self.pass_token
+        row = self.logits_row + self.pass_token
+        fixed = TAKEN_BY_LIBRARIES + passing + 2 * num_shared * self.cached_token + num_label_rows * row
+        slot = capacity * self.cached_token + LABEL_ROWS * row
         found = (budget - fixed) // slot
         if found < 1:
             raise GenerationError(
