@@ -18,6 +18,7 @@ from whyrank.cli.options import (
     Dtype,
     Json,
     Limit,
+    Memory,
     Queries,
     SkipBad,
     console,
@@ -48,6 +49,7 @@ def calibrate(
     device: Device = MODEL.device,
     dtype: Dtype = MODEL.dtype,
     batch_size: BatchSize = MODEL.batch_size,
+    memory: Memory = MODEL.memory,
     limit: Limit = None,
     skip_bad: SkipBad = False,
     json: Json = False,
@@ -67,7 +69,7 @@ def calibrate(
     manifest = Manifest("calibrate", {})
     check_calibratable(model)
     candidates = read_candidates(run, corpus=corpus, queries=queries, top_k=top_k, limit=limit, skip_bad=skip_bad)
-    options = ModelOptions(device=device, dtype=dtype, batch_size=batch_size)
+    options = ModelOptions(device=device, dtype=dtype, batch_size=batch_size, memory=memory)
     judge = Reranker.load(model, options=options).judge
     config: dict[str, JsonValue] = {"model": judge.generator.name, "template": judge.template.version}
     config |= {"coverage": coverage, "top_k": top_k, "limit": limit, "options": asdict(options)}
