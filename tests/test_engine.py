@@ -32,7 +32,7 @@ from whyrank.generators.hf.attention import packed_attention
 from whyrank.generators.hf.attention_loops import attend_several_narrow
 from whyrank.generators.hf.attention_products import Rule
 from whyrank.generators.hf.engine import rounded_up
-from whyrank.generators.hf.labels import prefixes_to_visit
+from whyrank.generators.hf.labels import inner_nodes
 from whyrank.generators.hf.last_layer import LastLayer
 from whyrank.generators.hf.memory import LABEL_ROWS
 from whyrank.generators.hf.packing import Packing, Pool, Span, Store
@@ -155,6 +155,38 @@ def test_packed_passes_equal_plain_ones(
         assert len(logits) == (3 if is_last_alone else len(ids) + 2)
         tolerance = 0.1 * float(plain.abs().max()) if way == "narrow" else 2e-5
         torch.testing.assert_close(logits, plain[-len(logits) :], atol=tolerance, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["compiled", "plain torch", "narrow"])
+def test_nodes_of_a_trie_follow_their_ancestors_alone(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A common prefix, then a sequence behind it, then a trie behind both."""
+    model = small_model(kind)
+    monkeypatch.setattr("whyrank.generators.hf.attention.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("whyrank.generators.hf.attention.attention_loops.FEWEST_QUERIES", 1)
+    if way == "plain torch":
+        for module in ("attention", "packing"):
+            monkeypatch.setattr(f"whyrank.generators.hf.{module}.is_compiled", lambda tensor: False)
+    nodes = ((5,), (5, 8), (5, 8, 9), (5, 9), (8,), (9,), (9, 5))
+    pool = Pool(1, 16, torch.bfloat16 if way == "narrow" else None)
+    shared, own, trie = Store(7), pool.take(), Store(len(nodes))
+    texts = ([11, 12, 13, 14, 15, 16, 17], [21, 22, 23, 24], [node[-1] for node in nodes])
+    found = torch.empty(0)
+    for ids, store, context in zip(texts, (shared, own, trie), ((), (shared,), (shared, own)), strict=True):
+        span = Span(0, len(ids), store, 0, context, len(ids), nodes if store is trie else ())
+        store.length = len(ids)
+        with torch.inference_mode(), packed_attention(model):
+            found = model(
+                input_ids=torch.tensor([ids]),
+                position_ids=torch.tensor([span.positions]),
+                use_cache=False,
+                packing=Packing(pool, [], [span], torch.device("cpu")),
+            ).logits[0]
+    for node, logits in zip(nodes, found, strict=True):
+        with torch.inference_mode():
+            plain = model(input_ids=torch.tensor([[*texts[0], *texts[1], *node]]), use_cache=False).logits[0, -1]
+        tolerance = 0.1 * float(plain.abs().max()) if way == "narrow" else 2e-5
+        torch.testing.assert_close(logits, plain, atol=tolerance, rtol=2e-5)
 
 
 def test_prompts_go_only_partly_through_the_last_layer(generator: HfGenerator) -> None:
@@ -315,14 +347,14 @@ def test_answers_do_not_depend_on_the_number_of_slots(generator: HfGenerator, ba
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_labels_of_many_answers_take_several_passes(generator: HfGenerator, batch_size: int) -> None:
-    """Eleven places of a trie are read for each: never more rows of logits than a few per slot and one whole trie."""
+    """The inner nodes of a trie are read for each: never more rows of logits than a few per slot and one whole trie."""
     template = replace(Template.load("explain-0-2"), labels="0-10")
     requests = [
         template.render("why", "brown " * number, generator.tokens, sampling=Sampling(max_tokens=3)).request
         for number in range(1, 9)
     ]
-    (num_rows,) = {sum(map(len, prefixes_to_visit(generator.tokens.endings(request).labels))) for request in requests}
-    assert num_rows >= 11
+    (num_rows,) = {len(inner_nodes(generator.tokens.endings(request).labels)) - 1 for request in requests}
+    assert num_rows >= 10
     expected = [answers(generator, [request])[0] for request in requests]
     logits: list[int] = []
     output = generator.model.get_output_embeddings()

@@ -79,8 +79,8 @@ def test_slots_fill_the_budget_and_never_more() -> None:
     needs = {"capacity": 8, "num_shared": 5, "num_pass_tokens": 20, "num_label_rows": 11}
     # Once: 20 tokens of activations, 20 x 13 mask entries of 5 bytes, scores of 13 tokens, two shared beginnings of 5,
     # and one answer's label trie.
-    fixed = TAKEN_BY_LIBRARIES + 20 * 3 + 5 * 20 * 13 + 7 * 13 + 2 * 5 * 10 + 11 * (40 + 3)
-    slot = 8 * 10 + 4 * (40 + 3)
+    fixed = TAKEN_BY_LIBRARIES + 20 * 3 + 5 * 20 * 13 + 7 * 13 + 2 * 5 * 10 + 11 * (40 + 3 + 5 * 13)
+    slot = 8 * 10 + 4 * (40 + 3 + 5 * 13)
     for num_slots in (1, 2, 7):
         assert model.num_slots(fixed + num_slots * slot, **needs, most=100) == num_slots
         assert model.num_slots(fixed + (num_slots + 1) * slot - 1, **needs, most=100) == num_slots
@@ -193,7 +193,8 @@ def test_a_longer_shared_beginning_is_planned_for_when_it_comes(generator: HfGen
         capacity = 64 * -(-(longest + 20) // 64)
         num_pass_tokens = 512 + capacity + prefixes[1]
         attended = 5 * num_pass_tokens * (capacity + prefixes[1])
-        labels = (LABEL_ROWS + 3) * (footprint.logits_row + footprint.pass_token)  # a terminator after each of three
+        row = footprint.logits_row + footprint.pass_token + 5 * (capacity + prefixes[1])
+        labels = (LABEL_ROWS + 3) * row  # a terminator after each of three
         slot = capacity * footprint.cached_token + labels
         return TAKEN_BY_LIBRARIES + num_pass_tokens * footprint.pass_token + attended + shared + slot
 

@@ -26,7 +26,7 @@ from whyrank.errors import GenerationError, InputError, MissingExtra, TemplateMi
 from whyrank.generators import Completion, FinishReason, Request
 from whyrank.generators.explanations import num_until_stop, settle_explanation
 from whyrank.generators.hf.chat import ChatTokens, Endings
-from whyrank.generators.hf.labels import label_log_probs
+from whyrank.generators.hf.labels import children, inner_nodes, label_log_probs
 from whyrank.generators.hf.load import Dtype, load_tokenizer
 
 __all__ = ["EngineConfig", "VllmGenerator", "safetensors_digest"]
@@ -293,9 +293,9 @@ class _Job:
     def _ask_node(self, pair: _Pair, node: Node) -> None:
         pair.after[node] = {}
         ids = [*pair.prompt, *pair.kept, *pair.endings.prompt, *node]
-        children = _children(pair.endings.labels, node)
-        for start in range(0, len(children), MOST_TOKEN_IDS):
-            part = children[start : start + MOST_TOKEN_IDS]
+        following = children(pair.endings.labels, node)
+        for start in range(0, len(following), MOST_TOKEN_IDS):
+            part = following[start : start + MOST_TOKEN_IDS]
             params = self._params(temperature=0.0, max_tokens=1, logprob_token_ids=part, detokenize=False)
             self._ask(_Call(pair, node, tuple(part)), ids, params)
 
@@ -314,7 +314,7 @@ class _Job:
                 _take_node(pair, call.node, call.children, answer)
             if not pair.calls:
                 # The root goes first, alone: afterwards all that the others share is in the prefix cache.
-                left = [n for n in _inner_nodes(pair.endings.labels) if n not in pair.after]
+                left = [n for n in inner_nodes(pair.endings.labels) if n not in pair.after]
                 for following in left if pair.after else left[:1]:
                     self._ask_node(pair, following)
         except _EngineStopped:
@@ -363,15 +363,6 @@ class _Job:
                 del self._calls[call]
             pair.calls.clear()
         return pair.index, Completion.failed(error)
-
-
-def _inner_nodes(labels: Sequence[Node]) -> list[Node]:
-    return sorted({label[:end] for label in labels for end in range(len(label))})
-
-
-def _children(labels: Sequence[Node], node: Node) -> list[int]:
-    size = len(node)
-    return sorted({label[size] for label in labels if label[:size] == node and len(label) > size})
 
 
 def _take_node(pair: _Pair, node: Node, children: tuple[int, ...], answer: Any) -> None:

@@ -63,7 +63,7 @@ def attend_several(queries: Tensor, span: Span, packing: Packing, layer: int, ru
     """`(heads, tokens, size)` for the last tokens of one sequence, as many as there are queries."""
     keys, values = (joined(parts).to(queries.dtype) for parts in zip(*parts_seen(span, layer), strict=True))
     num_queries, num_keys = queries.shape[1], keys.shape[1]
-    mask = packing.causal_mask(num_keys, num_queries, rule.window)
+    mask = packing.causal_mask(span, num_queries, rule.window)
     at_once = QUERIES_AT_ONCE if queries.device.type == "cpu" else num_queries
     found = []
     for start in range(0, num_queries, at_once):

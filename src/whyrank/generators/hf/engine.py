@@ -25,7 +25,7 @@ from whyrank.generators.explanations import Explanation, reason_to_stop, settle_
 from whyrank.generators.hf.attention import packed_attention
 from whyrank.generators.hf.chat import ChatTokens, Endings
 from whyrank.generators.hf.kernels import best_tokens
-from whyrank.generators.hf.labels import label_log_probs, prefixes_to_visit
+from whyrank.generators.hf.labels import children, inner_nodes, label_log_probs
 from whyrank.generators.hf.last_layer import LastLayer
 from whyrank.generators.hf.linears import is_narrow
 from whyrank.generators.hf.memory import LABEL_ROWS, Footprint
@@ -79,20 +79,14 @@ class Answer:
         return len(self.prompt) - self.num_shared + longest + len(self.endings.prompt) + 1
 
     @property
-    def num_label_rows(self) -> int:
-        """Places of the label trie whose logits are wanted at once."""
-        return sum(map(len, prefixes_to_visit(self.endings.labels)))
-
-    @property
-    def visits(self) -> list[Tokens]:
-        """Paths through the label trie that have not been read yet; known once the trie's root has been."""
-        return [path for path in prefixes_to_visit(self.endings.labels) if path not in self.after]
+    def nodes(self) -> tuple[Tokens, ...]:
+        """Of the label trie, those that are read at once when its root has been."""
+        return inner_nodes(self.endings.labels)[1:]
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is written and, where a label is to be chosen, every node of the label trie has been read."""
-        is_read = () in self.after and not self.visits
-        return self.finish is not None and (is_read or not self.endings.labels)
+        """Whether it is written and, where a label is to be chosen, all of the label trie has been read."""
+        return self.finish is not None and len(self.after) == len(inner_nodes(self.endings.labels))
 
     def completion(self, tokens: ChatTokens) -> Completion:
         """What comes back, once it is ready."""
@@ -111,14 +105,15 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class _Task:
     """Tokens for the next pass: they go to the end of `store`, behind `context`; logits are wanted after the last
-    `num_logits` of them. `path` is the way through the label trie, if they are that."""
+    `num_logits` of them. Where these are read for the label, `nodes` are the label trie's nodes that they stand for;
+    tokens that are nodes but the root do not follow one another, each follows its ancestors."""
 
     tokens: Sequence[int]
     store: Store
     context: tuple[Store, ...]
     num_logits: int
     answer: Answer | None = None
-    path: Tokens | None = None
+    nodes: tuple[Tokens, ...] = ((),)
 
 
 class Engine:
@@ -227,7 +222,7 @@ class Engine:
         if self._memory is None:
             return Pool(most, capacity, self._kept_dtype)
         self._num_shareable = 2 * max(self._num_shared(found) for found in waiting)
-        self._num_label_rows = max(found.num_label_rows for found in waiting)
+        self._num_label_rows = max(len(found.nodes) for found in waiting)
         num_slots = Footprint.of(self._model, self._kept_dtype).num_slots(
             self._memory,
             capacity=capacity,
@@ -243,7 +238,7 @@ class Engine:
         for."""
         if answer.num_needed > self._pool.capacity or self._memory is None:
             return answer.num_needed <= self._pool.capacity
-        fits_labels = answer.num_label_rows <= self._num_label_rows
+        fits_labels = len(answer.nodes) <= self._num_label_rows
         return fits_labels and 2 * self._num_shared(answer) <= self._num_shareable
 
     def _num_shared(self, answer: Answer) -> int:
@@ -299,18 +294,18 @@ class Engine:
         tasks, room, is_first = [], LABEL_ROWS * self._pool.num_slots - len(active), True
         for answer in active:
             if () in answer.after:
-                if answer.num_label_rows > room and not is_first:
+                if len(answer.nodes) > room and not is_first:
                     continue
-                room, is_first = room - answer.num_label_rows, False
-            tasks += self._tasks(answer)
+                room, is_first = room - len(answer.nodes), False
+            tasks.append(self._task(answer))
         return tasks
 
-    def _tasks(self, answer: Answer) -> list[_Task]:
-        """What an answer wants from the next pass: its pending tokens, or all ways through its label trie at once."""
+    def _task(self, answer: Answer) -> _Task:
+        """What an answer wants from the next pass: its pending tokens, or all of its label trie at once."""
         if () not in answer.after:
-            return [_Task(self._pending[answer.index], answer.store, answer.context, 1, answer)]
-        context = (*answer.context, answer.store)
-        return [_Task(path, Store(len(path)), context, len(path), answer, path) for path in answer.visits]
+            return _Task(self._pending[answer.index], answer.store, answer.context, 1, answer)
+        tokens, context = [node[-1] for node in answer.nodes], (*answer.context, answer.store)
+        return _Task(tokens, Store(len(tokens)), context, len(tokens), answer, answer.nodes)
 
     def _pass(self, tasks: list[_Task]) -> None:
         """Run the model once over the tokens of all tasks, and hand every answer its logits."""
@@ -319,9 +314,8 @@ class Engine:
         tasks = [*single, *(task for task in tasks if len(task.tokens) > 1 or id(task.store) not in in_pool)]
         spans, num_tokens = [], 0
         for task in tasks:
-            spans.append(
-                Span(num_tokens, len(task.tokens), task.store, task.store.length, task.context, task.num_logits)
-            )
+            place = (num_tokens, len(task.tokens), task.store, task.store.length, task.context, task.num_logits)
+            spans.append(Span(*place, nodes=() if task.nodes == ((),) else task.nodes))
             num_tokens += len(task.tokens)
         for task in tasks:
             task.store.length += len(task.tokens)
@@ -330,7 +324,7 @@ class Engine:
             for task, span in zip(tasks, spans, strict=True)
             for place in range(span.start + span.num_tokens - task.num_logits, span.start + span.num_tokens)
         ]
-        positions = [span.position + offset for span in spans for offset in range(span.num_tokens)]
+        positions = [position for span in spans for position in span.positions]
         ids = [token for task in tasks for token in task.tokens]
         unused = [0] * (rounded_up(len(ids)) - len(ids))
         device = self._model.device
@@ -346,12 +340,12 @@ class Engine:
             )
         logits = cast(Tensor, output.logits)[0].float().split([task.num_logits for task in tasks])
         for_answers = [
-            (task.answer, task.path, found) for task, found in zip(tasks, logits, strict=True) if task.answer
+            (task.answer, task.nodes, found) for task, found in zip(tasks, logits, strict=True) if task.answer
         ]
         writing = [(answer, found[0]) for answer, _, found in for_answers if answer.finish is None]
-        for answer, path, found in for_answers:
+        for answer, nodes, found in for_answers:
             if answer.finish is not None:
-                self._note(answer, path or (), found)
+                _note(answer, nodes, found)
         self._choose(writing)
 
     # ---- writing ---------------------------------------------------------------------------------------------
@@ -383,19 +377,19 @@ class Engine:
         rest = answer.written[num_stored : answer.explanation.num_kept]
         return [*rest, *answer.explanation.tail, *answer.endings.prompt]
 
-    def _note(self, answer: Answer, path: Tokens, logits: Tensor) -> None:
-        """Keep what may follow each node of a path through the label trie; `logits` belong to these nodes in order."""
-        nodes = [path[:end] for end in range(1, len(path) + 1)] or [()]
-        log_probs = torch.log_softmax(_precise(logits), dim=-1)
-        for depth, node in enumerate(nodes):
-            children = sorted({ids[len(node)] for ids in answer.endings.labels if ids[: len(node)] == node != ids})
-            answer.after[node] = dict(zip(children, log_probs[depth, children].tolist(), strict=True))
-
 
 def rounded_up(num_tokens: int) -> int:
     """How long a pass is made: few different lengths, since oneDNN keeps code of its own for each of them."""
     step = 1 if num_tokens <= 32 else 16 if num_tokens <= 128 else 32
     return math.ceil(num_tokens / step) * step
+
+
+def _note(answer: Answer, nodes: Sequence[Tokens], logits: Tensor) -> None:
+    """Keep what may follow each of these nodes of the label trie; `logits` are theirs, in order."""
+    for node, row in zip(nodes, logits, strict=True):
+        following = children(answer.endings.labels, node)
+        log_probs = torch.log_softmax(_precise(row), dim=-1)[following]
+        answer.after[node] = dict(zip(following, log_probs.tolist(), strict=True))
 
 
 def _sample(logits: Tensor, answer: Answer) -> tuple[int, float]:

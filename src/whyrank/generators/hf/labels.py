@@ -1,8 +1,7 @@
 """The distribution over labels that are token sequences.
 
 Probabilities multiply along the trie of the label sequences, so "10" is not "1" and a label counts only with
-its terminator. `paths` are the prefixes after which next-token logits are needed; every other prefix lies on
-one of them.
+its terminator.
 """
 
 from __future__ import annotations
@@ -10,20 +9,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-__all__ = ["label_log_probs", "prefixes_to_visit"]
+__all__ = ["children", "inner_nodes", "label_log_probs", "prefixes_to_visit"]
 
 Tokens = tuple[int, ...]
 
 
 @lru_cache
-def prefixes_to_visit(labels: tuple[Tokens, ...]) -> tuple[Tokens, ...]:
-    """The longest proper, non-empty prefixes of the labels, without those that begin another one.
+def inner_nodes(labels: tuple[Tokens, ...]) -> tuple[Tokens, ...]:
+    """The proper prefixes of the labels, after which next-token logits are needed: the empty one, which is the root of
+    their trie, first, and each before those that it begins."""
+    return tuple(sorted({label[:end] for label in labels for end in range(len(label))}))
 
-    Visiting each of them once gives the logits after every inner node of the trie.
-    """
-    inner = {label[:end] for label in labels for end in range(1, len(label))}
-    beginnings = {node[:end] for node in inner for end in range(1, len(node))}
-    return tuple(sorted(inner - beginnings))
+
+def prefixes_to_visit(labels: tuple[Tokens, ...]) -> tuple[Tokens, ...]:
+    """The inner nodes without those that begin another one: reading along each of them passes all but the root."""
+    nodes = inner_nodes(labels)
+    beginnings = {node[:end] for node in nodes for end in range(len(node))}
+    return tuple(node for node in nodes if node and node not in beginnings)
+
+
+def children(labels: tuple[Tokens, ...], node: Tokens) -> list[int]:
+    """The tokens that may follow an inner node."""
+    return sorted({label[len(node)] for label in labels if label[: len(node)] == node != label})
 
 
 def label_log_probs(labels: Sequence[Tokens], after: Mapping[Tokens, Mapping[int, float]]) -> list[float]:

@@ -85,7 +85,7 @@ class Footprint:
         """
         attended = (num_pass_tokens * self.attended + self.scored) * (capacity + num_shared)
         passing = num_pass_tokens * self.pass_token + attended
-        row = self.logits_row + self.pass_token
+        row = self.logits_row + self.pass_token + self.attended * (capacity + num_shared)
         fixed = TAKEN_BY_LIBRARIES + passing + 2 * num_shared * self.cached_token + num_label_rows * row
         slot = capacity * self.cached_token + LABEL_ROWS * row
         found = (budget - fixed) // slot

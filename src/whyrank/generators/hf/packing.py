@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -96,7 +96,11 @@ def _memory(keys: Tensor, values: Tensor, dtype: torch.dtype | None, *shape: int
 class Span:
     """Consecutive tokens of a packed row that belong to one sequence: `num_tokens` from `start` on in the row go to
     `store`, from `at` on; they see what stands before them there, and all of `context`. Logits are wanted of the last
-    `num_wanted` of them."""
+    `num_wanted` of them.
+
+    If they have `nodes` of a trie (from its root, one for each, ancestors first), tokens stand side by side instead of
+    one behind the other: each sees its ancestors only, and all of `context`. They are alone in `store` then.
+    """
 
     start: int
     num_tokens: int
@@ -104,6 +108,7 @@ class Span:
     at: int
     context: tuple[Store, ...]
     num_wanted: int
+    nodes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def end(self) -> int:
@@ -114,6 +119,12 @@ class Span:
     def position(self) -> int:
         """Where the first of them stands in its sequence, from 0."""
         return sum(store.length for store in self.context) + self.at
+
+    @property
+    def positions(self) -> list[int]:
+        """Where each of them stands in its sequence."""
+        offsets = [len(node) - 1 for node in self.nodes] if self.nodes else range(self.num_tokens)
+        return [self.position + offset for offset in offsets]
 
 
 @dataclass(frozen=True)  # no slots: what every layer asks for is worked out once
@@ -193,20 +204,28 @@ class Packing:
             self._masks[window] = found = hidden(seen)[:, None, None, :]
         return found
 
-    def causal_mask(self, num_keys: int, num_queries: int, window: int | None) -> Tensor:
-        """What of its keys is hidden from each of a sequence's last tokens, `(queries, keys)`, as something to add."""
-        key = (num_keys, num_queries, window)
+    def causal_mask(self, span: Span, num_queries: int, window: int | None) -> Tensor:
+        """What of its keys is hidden from each of a span's last tokens, `(queries, keys)`, as something to add."""
+        key = (span.position, span.num_tokens, num_queries, span.nodes, window)
         if key not in self._masks:
-            places = torch.arange(num_keys, device=self.device)
-            own = places[num_keys - num_queries :, None]
+            places = self._numbers([*range(span.position), *span.positions])
+            own = places[len(places) - num_queries :, None]
             seen = places <= own
             if window is not None:
                 seen &= places > own - window
+            if span.nodes:
+                seen[:, span.position :] &= _ancestors(span.nodes).to(self.device)[-num_queries:]
             self._masks[key] = hidden(seen)
         return self._masks[key]
 
     def _numbers(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, device=self.device)
+
+
+@lru_cache
+def _ancestors(nodes: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Which nodes of a trie, columns, are ancestors of which, rows, or the same."""
+    return torch.tensor([[node[: len(other)] == other for other in nodes] for node in nodes])
 
 
 def hidden(seen: Tensor) -> Tensor:
