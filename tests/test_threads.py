@@ -27,20 +27,22 @@ def _threads() -> Iterator[None]:
 
 def in_torchs_threads(num: int, call: Part) -> None:
     openmp = _openmp()
-    if openmp is None:
-        pytest.skip("this build of torch has no OpenMP that can be called")
+    assert openmp is not None
     _in_team(openmp, num, call)
 
 
-@pytest.fixture(params=[in_torchs_threads, _in_own_threads], ids=["torch's threads", "own threads"])
+IS_LENT = sys.platform == "linux" and "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
+if_lent = pytest.mark.skipif(not IS_LENT, reason="torch lends its threads on Linux, where it is built with OpenMP")
+
+
+@pytest.fixture(params=[pytest.param(in_torchs_threads, marks=if_lent), _in_own_threads], ids=["torch's", "own"])
 def way(request: pytest.FixtureRequest) -> Way:
     chosen: Way = request.param
     return chosen
 
 
-def test_torch_for_linux_lends_its_threads() -> None:
-    is_openmp = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
-    assert (_openmp() is not None) == (sys.platform == "linux" and is_openmp)
+def test_torch_lends_its_threads_where_it_has_some() -> None:
+    assert (_openmp() is not None) == IS_LENT
 
 
 @pytest.mark.parametrize("num", [2, NUM_THREADS])
@@ -93,7 +95,7 @@ def test_a_team_of_one_does_everything() -> None:
     assert called == [(0, 3), (1, 3), (2, 3)]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="lists this process's threads in Linux's way")
+@if_lent
 def test_loops_start_no_thread_beside_those_that_torch_s_products_have() -> None:
     rows = torch.ones(512, 256)
     assert torch.equal(rows @ rows.T, torch.full((512, 512), 256.0))

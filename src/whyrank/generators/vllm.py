@@ -365,10 +365,10 @@ class _Job:
         return pair.index, Completion.failed(error)
 
 
-def _take_node(pair: _Pair, node: Node, children: tuple[int, ...], answer: Any) -> None:
+def _take_node(pair: _Pair, node: Node, following: tuple[int, ...], answer: Any) -> None:
     if not answer.logprobs:
         raise GenerationError("vLLM returned no log-probabilities for the label")
-    pair.after[node] |= {child: _logprob(answer.logprobs[0], child) for child in children}
+    pair.after[node] |= {child: _logprob(answer.logprobs[0], child) for child in following}
 
 
 def _logprob(position: Any, token: int) -> float:

@@ -88,8 +88,7 @@ def attend(
         num_asking = span.num_wanted if layer == packing.last_layer else span.num_tokens
         if num_asking:
             place = slice(span.start + span.num_tokens - num_asking, span.start + span.num_tokens)
-            is_row = not span.nodes and num_asking >= attention_loops.FEWEST_QUERIES
-            if is_narrow and rule.is_plain and is_row:
+            if is_narrow and rule.is_plain and not span.nodes and num_asking >= attention_loops.FEWEST_QUERIES:
                 found = attention_loops.attend_several_narrow(queries[:, place], span, layer, rule)
             else:
                 found = attention_products.attend_several(queries[:, place], span, packing, layer, rule)

@@ -105,15 +105,14 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class _Task:
     """Tokens for the next pass: they go to the end of `store`, behind `context`; logits are wanted after the last
-    `num_logits` of them. Where these are read for the label, `nodes` are the label trie's nodes that they stand for;
-    tokens that are nodes but the root do not follow one another, each follows its ancestors."""
+    `num_logits` of them. If they are `nodes` of the label trie, below its root, each follows its ancestors alone."""
 
     tokens: Sequence[int]
     store: Store
     context: tuple[Store, ...]
     num_logits: int
     answer: Answer | None = None
-    nodes: tuple[Tokens, ...] = ((),)
+    nodes: tuple[Tokens, ...] = ()
 
 
 class Engine:
@@ -135,8 +134,8 @@ class Engine:
         tokens: ChatTokens,
         eos_ids: frozenset[int],
         num_slots: int,
-        memory: int | None = None,
-        turn: Lock | None = None,
+        memory: int | None,
+        turn: Lock,
     ) -> None:
         self._model = model
         self._kept_dtype = torch.bfloat16 if is_narrow(model) else None  # of keys and values
@@ -144,8 +143,8 @@ class Engine:
         self._eos_ids = eos_ids
         self._num_slots = num_slots
         self._memory = memory
-        self._turn = turn or Lock()
-        with self._turn:
+        self._turn = turn
+        with turn:
             self._last_layer = LastLayer.of(model)
         self._max_pass_tokens = MAX_PASS_TOKENS_ON_CPU if model.device.type == "cpu" else MAX_PASS_TOKENS
         self._pool = Pool(0, 0)
@@ -236,10 +235,11 @@ class Engine:
     def _was_planned_for(self, answer: Answer) -> bool:
         """Whether the answer fits into a slot, and what it shares and its labels into what the memory was divided
         for."""
-        if answer.num_needed > self._pool.capacity or self._memory is None:
-            return answer.num_needed <= self._pool.capacity
-        fits_labels = len(answer.nodes) <= self._num_label_rows
-        return fits_labels and 2 * self._num_shared(answer) <= self._num_shareable
+        fits = answer.num_needed <= self._pool.capacity
+        if self._memory is not None:
+            fits = fits and len(answer.nodes) <= self._num_label_rows
+            fits = fits and 2 * self._num_shared(answer) <= self._num_shareable
+        return fits
 
     def _num_shared(self, answer: Answer) -> int:
         """Tokens that an answer's shared stores hold."""
@@ -310,12 +310,15 @@ class Engine:
     def _pass(self, tasks: list[_Task]) -> None:
         """Run the model once over the tokens of all tasks, and hand every answer its logits."""
         in_pool = {id(store) for store in self._pool.stores}
-        single = [task for task in tasks if len(task.tokens) == 1 and id(task.store) in in_pool]
-        tasks = [*single, *(task for task in tasks if len(task.tokens) > 1 or id(task.store) not in in_pool)]
+
+        def is_single(task: _Task) -> bool:
+            return len(task.tokens) == 1 and id(task.store) in in_pool
+
+        tasks = sorted(tasks, key=is_single, reverse=True)
         spans, num_tokens = [], 0
         for task in tasks:
-            place = (num_tokens, len(task.tokens), task.store, task.store.length, task.context, task.num_logits)
-            spans.append(Span(*place, nodes=() if task.nodes == ((),) else task.nodes))
+            at = task.store.length
+            spans.append(Span(num_tokens, len(task.tokens), task.store, at, task.context, task.num_logits, task.nodes))
             num_tokens += len(task.tokens)
         for task in tasks:
             task.store.length += len(task.tokens)
@@ -329,7 +332,8 @@ class Engine:
         unused = [0] * (rounded_up(len(ids)) - len(ids))
         device = self._model.device
         wanted = torch.tensor(places, device=device)
-        packing = Packing(self._pool, spans[: len(single)], spans[len(single) :], device, self._last_layer.index)
+        num_single = sum(map(is_single, tasks))
+        packing = Packing(self._pool, spans[:num_single], spans[num_single:], device, self._last_layer.index)
         with self._turn, packed_attention(self._model), self._last_layer.only_at(wanted):
             output = self._model(
                 input_ids=torch.tensor([ids + unused], device=device),
@@ -345,7 +349,7 @@ class Engine:
         writing = [(answer, found[0]) for answer, _, found in for_answers if answer.finish is None]
         for answer, nodes, found in for_answers:
             if answer.finish is not None:
-                _note(answer, nodes, found)
+                _note(answer, nodes or ((),), found)
         self._choose(writing)
 
     # ---- writing ---------------------------------------------------------------------------------------------

@@ -208,7 +208,9 @@ class Packing:
         """What of its keys is hidden from each of a span's last tokens, `(queries, keys)`, as something to add."""
         key = (span.position, span.num_tokens, num_queries, span.nodes, window)
         if key not in self._masks:
-            places = self._numbers([*range(span.position), *span.positions])
+            places = torch.arange(span.position + span.num_tokens, device=self.device)
+            if span.nodes:
+                places[span.position :] = self._numbers(span.positions)
             own = places[len(places) - num_queries :, None]
             seen = places <= own
             if window is not None:

@@ -95,7 +95,7 @@ def _in_team(openmp: _OpenMp, num: int, call: Part) -> None:
 
 
 def _in_own_threads(num: int, call: Part) -> None:
-    others = [_workers(num).submit(call, i, num) for i in range(1, num)]
+    others = [_workers(torch.get_num_threads()).submit(call, i, num) for i in range(1, num)]
     try:
         call(0, num)
     finally:
